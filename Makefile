@@ -1,0 +1,37 @@
+# Two commands on a fresh machine with git, make and Python 3.11: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PYTHONDONTWRITEBYTECODE = 1
+
+.PHONY: demo test test-real lint docs clean
+
+demo: $(VENV)/.all ## Build examples/digits for a Galaxy S22 and print its table
+	$(BIN)/deploy build -c examples/digits --target galaxy-s22
+
+test: $(VENV)/.dev ## Everything that needs no data from elsewhere; at most 15 minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-real: $(VENV)/.dev ## Real trained models from EDGE_DEPLOY_DATA (default ../shared/data); at most 30 minutes
+	$(BIN)/python -m pytest tests/real -m real
+
+lint: $(VENV)/.dev ## What pre-commit and CI check
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: $(VENV)/.dev ## Writes the generated pages of docs/ again
+	$(BIN)/python -m targets.tables docs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info examples/*/build
+
+# torch by its exact version first: a range would take a build with CUDA, several gigabytes.
+$(VENV)/.all: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e '.[all]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.all
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Representative data and what is learned from it."""

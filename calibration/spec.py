@@ -1,0 +1,34 @@
+"""What a model's input looks like."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+DTYPES = (
+    "float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """An input's name, shape and dtype.
+
+    `shape` holds numbers and names; a name is a dynamic dimension and `bounds` gives its
+    (smallest, largest) size. The first dimension is the batch where it is named "batch".
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+    bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def sizes(self, **dimensions: int) -> tuple[int, ...]:
+        """The shape in numbers; a named dimension that is not given takes its largest size."""
+        return tuple(
+            size if isinstance(size, int) else dimensions.get(size, self.bounds[size][1])
+            for size in self.shape
+        )
+
+    @property
+    def batched(self) -> bool:
+        """Whether the first dimension counts samples."""
+        return bool(self.shape) and self.shape[0] == "batch"

@@ -1,0 +1,1 @@
+"""The product: plan, prune, recover, quantize, export, validate, measure, bundle."""

@@ -1,0 +1,251 @@
+"""Finished stages on disk, addressed by what went into them.
+
+An entry is a folder that appears whole or not at all. Its record holds the ingredients of its key,
+so that a later run can say what changed.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from targets.errors import MissingRequirementError
+
+RECORD = "stage.json"
+CHUNK = 1 << 20
+
+Ingredients = Mapping[str, Any]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What an entry was made from and what it holds."""
+
+    stage: str
+    ingredients: dict[str, Any]
+    files: dict[str, str]
+    seconds: float
+    created: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A finished stage: its folder, and how it came to be."""
+
+    folder: Path
+    stage: str
+    cached: bool
+    why: str
+    seconds: float
+
+
+class Cache:
+    """Entries under one root folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def stage(
+        self,
+        name: str,
+        ingredients: Ingredients,
+        make: Callable[[Path], None],
+        *,
+        slot: str,
+        refresh: bool = False,
+    ) -> Entry:
+        """The entry for these ingredients, made by `make(folder)` when it is not there yet.
+
+        `slot` names the place of this stage in a project, so that a run can be told from the one before.
+        """
+        key = digest({"stage": name, **ingredients})
+        folder = self._folder(key)
+        record = self._read(folder)
+        if record and not refresh:
+            return Entry(
+                folder=folder, stage=name, cached=True, why="nothing it depends on changed", seconds=0.0
+            )
+        why = "the cache was not to be used" if refresh and record else self._explain(slot, ingredients)
+        started = time.monotonic()
+        self._make(folder, name, ingredients, make, started)
+        self._remember(slot, key)
+        return Entry(folder=folder, stage=name, cached=False, why=why, seconds=time.monotonic() - started)
+
+    def find(self, name: str, ingredients: Ingredients) -> Path | None:
+        """The folder of an entry, None where there is none."""
+        folder = self._folder(digest({"stage": name, **ingredients}))
+        return folder if self._read(folder) else None
+
+    def entries(self) -> Iterator[tuple[Path, Record]]:
+        """Every whole entry."""
+        for folder in sorted(self.root.glob("stages/??/*")):
+            if record := self._read(folder):
+                yield folder, record
+
+    def verify(self) -> list[Path]:
+        """Entries whose files are not what their record says."""
+        return [folder for folder, record in self.entries() if _hashes(folder) != record.files]
+
+    def remove(self, folder: Path) -> None:
+        """Removes one entry, the record first so that no half of it is ever found."""
+        (folder / RECORD).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def prune(self, *, older_than_days: float | None) -> int:
+        """Removes entries unused for so long (None: all of them, and leftovers). Returns bytes freed."""
+        limit = None if older_than_days is None else time.time() - older_than_days * 86400
+        freed = 0
+        for folder, _ in list(self.entries()):
+            if limit is None or (folder / RECORD).stat().st_mtime < limit:
+                freed += folder_size(folder)
+                self.remove(folder)
+        if limit is None:
+            for leftover in ("stages", "tmp", "slots", "sources"):
+                freed += folder_size(self.root / leftover)
+                shutil.rmtree(self.root / leftover, ignore_errors=True)
+        return freed
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A private folder on the cache's disk, removed afterwards."""
+        with _writable(self.root):
+            parent = self.root / "tmp"
+            parent.mkdir(parents=True, exist_ok=True)
+            _sweep(parent)
+            folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _make(
+        self, folder: Path, name: str, ingredients: Ingredients, make: Callable[[Path], None], started: float
+    ) -> None:
+        with self.scratch() as scratch, _writable(self.root):
+            work = scratch / "entry"
+            work.mkdir()
+            make(work)
+            record = Record(
+                stage=name,
+                ingredients=dict(ingredients),
+                files=_hashes(work),
+                seconds=time.monotonic() - started,
+                created=time.time(),
+            )
+            (work / RECORD).write_bytes(msgspec.json.encode(record))
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if folder.exists():
+                self.remove(folder)
+            with contextlib.suppress(FileExistsError, OSError):
+                os.replace(work, folder)
+            if not (folder / RECORD).exists():
+                raise OSError(f"the cache entry {folder} could not be written")
+
+    def _folder(self, key: str) -> Path:
+        return self.root / "stages" / key[:2] / key
+
+    def _read(self, folder: Path) -> Record | None:
+        """The record of a whole entry; touches it, so that unused entries can be told."""
+        file = folder / RECORD
+        try:
+            record = msgspec.json.decode(file.read_bytes(), type=Record)
+            os.utime(file)
+        except (OSError, msgspec.DecodeError):
+            return None
+        return record if all((folder / name).is_file() for name in record.files) else None
+
+    def _remember(self, slot: str, key: str) -> None:
+        file = self.root / "slots" / hashlib.sha256(slot.encode()).hexdigest()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_text(key)
+        os.replace(scratch, file)
+
+    def _explain(self, slot: str, ingredients: Ingredients) -> str:
+        """Which ingredients differ from those of this slot's last run."""
+        file = self.root / "slots" / hashlib.sha256(slot.encode()).hexdigest()
+        if not file.is_file():
+            return "it had not run yet"
+        before = self._read(self._folder(file.read_text()))
+        if before is None:
+            return "its last result is no longer in the cache"
+        known = msgspec.json.decode(msgspec.json.encode(dict(ingredients)))
+        changed = sorted(
+            k for k in known.keys() | before.ingredients.keys() if known.get(k) != before.ingredients.get(k)
+        )
+        return f"changed: {', '.join(changed)}" if changed else "it was asked for in another way"
+
+
+def default_root() -> Path:
+    """$EDGE_DEPLOY_CACHE, else $XDG_CACHE_HOME/edge-deploy, else ~/.cache/edge-deploy."""
+    if named := os.environ.get("EDGE_DEPLOY_CACHE"):
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "edge-deploy"
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-like value, the same for the same content."""
+    return hashlib.sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    hasher = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != RECORD)
+    return {str(file.relative_to(folder)): file_digest(file) for file in files}
+
+
+def _sweep(parent: Path) -> None:
+    """Removes what dead processes left."""
+    for folder in parent.iterdir():
+        pid = folder.name.partition("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _writable(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, root) from error
+
+
+def disk_error(error: OSError, place: Path) -> MissingRequirementError:
+    """A full disk or a folder that refuses, told with what to do."""
+    return MissingRequirementError(
+        f"cannot write to {place}",
+        found=error.strerror or str(error),
+        expected="a folder with room that may be written to",
+        fix="free space, choose another -o/--output-dir, or set EDGE_DEPLOY_CACHE",
+    )

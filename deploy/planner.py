@@ -1,0 +1,320 @@
+"""From a project and a target to a plan: what will be done, why, and what was refused. Loads no model."""
+
+import itertools
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from deploy.manifest import PlanRecord, PlanStep, Refusal
+from deploy.project import Project
+from exporters.base import EXPORTERS, Form, missing_packages
+from targets import truth
+from targets.errors import UsageError, nearest
+from targets.profile import Chip, RuntimeSupport, Target
+
+DEFAULT_SPARSITY = 0.3
+LICENCES = ("deepsparse",)
+RUNG_WORDS = {"float32": "float"}
+METHODS = {"auto": "channels", "channels": "channels"}
+CRITERIA = ("auto", "l1", "l2", "bn", "taylor", "median", "random")
+OBJECTIVES = ("latency", "throughput", "size")
+FORMS_IN_ORDER = (Form.MODULE, Form.GRAPH, Form.ARTIFACT, Form.REPORT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RungPlan:
+    """A rung to make: its name says pattern and precision."""
+
+    pruned: bool
+    precision: str
+
+    @property
+    def name(self) -> str:
+        """For example "pruned-int8"; float32 is called float."""
+        return f"{'pruned' if self.pruned else 'dense'}-{RUNG_WORDS.get(self.precision, self.precision)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruning:
+    """What is removed: `sparsity` of `of`, at `multiple` channels."""
+
+    method: str
+    criterion: str
+    sparsity: float
+    of: str
+    ranking: str
+    min_channels: int
+    multiple: int
+    exclude: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything decided before the model is loaded."""
+
+    project: Project
+    target: Target
+    runtime: RuntimeSupport
+    pattern: str
+    precision: str
+    pruning: Pruning | None
+    rungs: tuple[RungPlan, ...]
+    steps: tuple[PlanStep, ...]
+    refused: tuple[Refusal, ...]
+    notes: tuple[str, ...]
+    fallback: str | None
+    objective: str
+
+    @property
+    def buildable(self) -> bool:
+        """Whether this version has the exporter."""
+        return self.runtime.name in EXPORTERS
+
+    def record(self) -> PlanRecord:
+        """The plan as plan.json holds it."""
+        return PlanRecord(
+            model=self.project.name,
+            target=self.target.name,
+            chip=", ".join(chip.name for chip in self.target.chips),
+            runtime=self.runtime.name,
+            pattern=self.pattern,
+            precision=self.precision,
+            steps=list(self.steps),
+            rungs=[rung.name for rung in self.rungs],
+            refused=list(self.refused),
+            notes=list(self.notes),
+        )
+
+
+def make_plan(
+    project: Project,
+    target: Target,
+    *,
+    runtime: str | None = None,
+    objective: str = "latency",
+    accepted_licences: Collection[str] = (),
+    ladder: bool = True,
+) -> Plan:
+    """The plan for a project whose flags and target tables are already laid over.
+
+    Raises UsageError for a pattern that nothing on the target executes, and for words nobody knows.
+    """
+    _check_words(project, objective, accepted_licences)
+    support, passed_over, fallback = _choose_runtime(target, runtime, accepted_licences)
+    pattern, reason, refused = _choose_pattern(project, target, support, objective, accepted_licences)
+    pruning, unpruned = _choose_pruning(project, target, support, pattern)
+    precision, precisions, precision_reason = _choose_precisions(project, support)
+    rungs = _rungs(precision, precisions, pruning is not None, ladder)
+    notes = _notes(project, target, support, unpruned)
+    return Plan(
+        project=project,
+        target=target,
+        runtime=support,
+        pattern=pattern,
+        precision=precision,
+        pruning=pruning,
+        rungs=rungs,
+        steps=_steps(project, support, pruning, precision, reason, precision_reason),
+        refused=tuple(
+            Refusal(what=r.what, reason=r.reason, instead=r.instead) for r in (*passed_over, *refused)
+        ),
+        notes=notes,
+        fallback=fallback,
+        objective=objective,
+    )
+
+
+def _check_words(project: Project, objective: str, accepted_licences: Collection[str]) -> None:
+    prune = project.tables.prune
+    _one_of("the objective", objective, OBJECTIVES)
+    _one_of("prune.method", prune.method, tuple(METHODS))
+    _one_of("prune.criterion", prune.criterion, CRITERIA)
+    for licence in accepted_licences:
+        _one_of("--accept-license", licence, LICENCES)
+    if prune.pattern not in ("auto", "none"):
+        truth.check_pattern(prune.pattern)
+
+
+def _one_of(what: str, word: str, known: tuple[str, ...]) -> None:
+    if word not in known:
+        raise UsageError(
+            f"{what} is unknown",
+            found=repr(word),
+            expected=", ".join(known),
+            fix=f"did you mean {nearest(word, known, 1)[0]!r}?",
+        )
+
+
+def _choose_runtime(
+    target: Target, wanted: str | None, accepted: Collection[str]
+) -> tuple[RuntimeSupport, tuple[truth.Refused, ...], str | None]:
+    """The wanted runtime, else the first that this version has, else the target's preferred one."""
+    chip = target.chips[0]
+    shared = [
+        support for support in chip.runtimes if all(_support(other, support.name) for other in target.chips)
+    ]
+    if wanted is not None:
+        _one_of(f"the runtime for {target.name}", wanted, tuple(support.name for support in shared))
+        return _across_chips(target, wanted), (), None
+    available = {name for name in EXPORTERS if not missing_packages(name)} & {
+        support.name for support in shared
+    }
+    choice = truth.choose_runtime(chip, available=available, accepted_licences=accepted)
+    if choice.runtime is None:
+        licensed = [support for support in shared if not support.licence or support.licence in accepted]
+        return _across_chips(target, licensed[0].name), _licence_only(choice.refused), None
+    fallback = None
+    if choice.runtime.name != shared[0].name:
+        fallback = f"{choice.runtime.name} stands in for {shared[0].name}: {choice.refused[0].reason}"
+    return _across_chips(target, choice.runtime.name), choice.refused, fallback
+
+
+def _licence_only(refused: tuple[truth.Refused, ...]) -> tuple[truth.Refused, ...]:
+    return tuple(refusal for refusal in refused if "lacks it" not in refusal.reason)
+
+
+def _support(chip: Chip, name: str) -> RuntimeSupport | None:
+    return next((support for support in chip.runtimes if support.name == name), None)
+
+
+def _across_chips(target: Target, name: str) -> RuntimeSupport:
+    """The runtime as all chips of the target can use it: one package ships to all of them."""
+    supports = [support for chip in target.chips if (support := _support(chip, name))]
+    first = supports[0]
+    return RuntimeSupport(
+        name=first.name,
+        unit=first.unit,
+        channel_multiple=math.lcm(
+            *(chip.width_multiple(s) for chip, s in zip(target.chips, supports, strict=True))
+        ),
+        precisions=tuple(p for p in first.precisions if all(p in support.precisions for support in supports)),
+        threads=min(support.threads for support in supports),
+        licence=first.licence,
+    )
+
+
+def _choose_pattern(
+    project: Project, target: Target, support: RuntimeSupport, objective: str, accepted: Collection[str]
+) -> tuple[str, str, tuple[truth.Refused, ...]]:
+    """The pattern, the reason for it, and the refusals. Raises UsageError for what nothing executes."""
+    wanted, chip = project.tables.prune.pattern, target.chips[0]
+    own = _support(chip, support.name) or support
+    if wanted == "none":
+        return "dense", "deploy.toml or a flag asks for no pruning", ()
+    if wanted == "auto":
+        choice = truth.choose_pattern(chip, own, accepted_licences=accepted)
+        return choice.pattern, f"{choice.row.why} ({choice.row.source})", choice.refused
+    if objective == "size":
+        return wanted, "asked for with --objective size: storage only, no speed is promised", ()
+    row = truth.require_executable(chip, own, wanted)
+    return wanted, f"{row.why} ({row.source})", ()
+
+
+def _choose_pruning(
+    project: Project, target: Target, support: RuntimeSupport, pattern: str
+) -> tuple[Pruning | None, str | None]:
+    """What to remove, or the reason why nothing is."""
+    prune, evaluate = project.tables.prune, project.tables.evaluate
+    if pattern == "dense":
+        return None, None
+    measurable = evaluate is not None and evaluate.source != "synthetic"
+    if prune.sparsity is None and not measurable:
+        return (
+            None,
+            "nothing is pruned: without real [evaluate] data its cost in accuracy cannot be measured; "
+            "[prune] sparsity asks for it all the same",
+        )
+    pruning = Pruning(
+        method=METHODS[prune.method],
+        criterion=prune.criterion,
+        sparsity=DEFAULT_SPARSITY if prune.sparsity is None else prune.sparsity,
+        of=prune.of,
+        ranking=prune.ranking,
+        min_channels=prune.min_channels,
+        multiple=support.channel_multiple,
+        exclude=tuple(prune.exclude),
+    )
+    return pruning, None
+
+
+def _choose_precisions(project: Project, support: RuntimeSupport) -> tuple[str, tuple[str, ...], str]:
+    """The planned precision, all that the ladder tries, and the reason."""
+    wanted = project.tables.quantize.precision
+    if wanted != "auto":
+        offered = (*support.precisions, *(("int8-dynamic",) if "int8" in support.precisions else ()))
+        _one_of(f"quantize.precision for {support.name}", wanted, offered)
+        return wanted, (wanted,), "asked for"
+    if "int8" not in support.precisions:
+        best = support.precisions[0]
+        return best, (best,), f"{support.name} runs no int8 on this target"
+    integers = any(table.dtype.startswith("int") for table in project.tables.inputs.values())
+    variants = ("int8-dynamic",) if integers else ()
+    floats = ("float32",) if "float32" in support.precisions else ()
+    return "int8", (*floats, "int8", *variants), "a quarter of the bytes, and integer kernels on this target"
+
+
+def _rungs(precision: str, precisions: tuple[str, ...], pruned: bool, ladder: bool) -> tuple[RungPlan, ...]:
+    if not ladder:
+        return (RungPlan(pruned=pruned, precision=precision),)
+    dense = tuple(RungPlan(pruned=False, precision=each) for each in precisions)
+    return dense + tuple(RungPlan(pruned=True, precision=each) for each in precisions if pruned)
+
+
+def _steps(
+    project: Project,
+    support: RuntimeSupport,
+    pruning: Pruning | None,
+    precision: str,
+    pattern_reason: str,
+    precision_reason: str,
+) -> tuple[PlanStep, ...]:
+    recover = project.tables.recover
+    steps: list[tuple[str, Form, Form, str]] = []
+    if pruning:
+        how = f"{pruning.sparsity:.0%} of {pruning.of}, widths in multiples of {pruning.multiple}"
+        steps.append(("prune", Form.MODULE, Form.MODULE, f"{how}: {pattern_reason}"))
+    if pruning and recover:
+        steps.append(
+            ("recover", Form.MODULE, Form.MODULE, f"{recover.epochs} epochs with the dense model as teacher")
+        )
+    steps.append(("capture", Form.MODULE, Form.GRAPH, "torch.export, batch-norm folded into convolutions"))
+    if precision != "float32":
+        steps.append(("quantize", Form.GRAPH, Form.GRAPH, f"{precision}: {precision_reason}"))
+    steps.append(
+        ("export", Form.GRAPH, Form.ARTIFACT, f"the target's first runtime at hand is {support.name}")
+    )
+    steps.append(
+        (
+            "validate",
+            Form.ARTIFACT,
+            Form.REPORT,
+            "outputs, accuracy and latency of every rung, in a process of its own",
+        )
+    )
+    planned = tuple(PlanStep(name=n, accepts=a.value, produces=p.value, reason=r) for n, a, p, r in steps)
+    _check_neighbours(planned)
+    return planned
+
+
+def _check_neighbours(steps: tuple[PlanStep, ...]) -> None:
+    for before, after in itertools.pairwise(steps):
+        if before.produces != after.accepts:
+            raise ValueError(f"{before.name} gives {before.produces}, {after.name} takes {after.accepts}")
+
+
+def _notes(
+    project: Project, target: Target, support: RuntimeSupport, unpruned: str | None
+) -> tuple[str, ...]:
+    notes = [unpruned] if unpruned else []
+    if support.name not in EXPORTERS:
+        notes.append(
+            f"this version has no exporter for {support.name}: the plan stands, the build does not (exit 3)"
+        )
+    if len(target.chips) > 1:
+        chips = " or ".join(chip.title for chip in target.chips)
+        notes.append(f"{target.title} is sold with {chips}: one package for all, its widths fit all")
+    if project.tables.calibration is None or project.tables.calibration.source == "synthetic":
+        notes.append("calibration data is synthetic: int8 ranges are guesses")
+    if project.tables.evaluate is None or project.tables.evaluate.source == "synthetic":
+        notes.append("accuracy stays unmeasured: there is no real [evaluate] data")
+    return tuple(notes)

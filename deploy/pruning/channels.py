@@ -1,0 +1,408 @@
+"""Structured pruning of whole channels: the smaller network is an ordinary dense one."""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from deploy.pruning import layers, proof, scoring
+from deploy.pruning.cost import Cost, count_cost, count_macs
+from deploy.pruning.delta import ArchitectureDelta, TensorDelta, apply_delta, copy_module
+from deploy.pruning.forward import ForwardError, evaluation, forward_outputs
+from deploy.pruning.graph import Cell, Slot, find_channels, removed_indices
+from deploy.pruning.selection import TOLERANCE, Candidates, Selection, select
+from targets.errors import ModelError, UsageError, nearest
+
+Criterion = Literal["auto", "l1", "l2", "bn", "taylor", "median", "random"]
+Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
+
+CRITERIA = ("auto", "l1", "l2", "bn", "taylor", "median", "random")
+FAR = 0.10  # a miss beyond this is refused, one beyond TOLERANCE is explained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerChange:
+    """Output channels of a layer before and after."""
+
+    layer: str
+    kind: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelPruning:
+    """A pruned copy of a module and what was done.
+
+    `asked` and `achieved` are fractions of `of` ("macs" or "parameters") removed; `note` says why they
+    differ by more than 2 points. `spared` maps layers
+    that kept their width to the reason. `delta` rebuilds the architecture.
+    """
+
+    module: nn.Module
+    before: Cost
+    after: Cost
+    asked: float
+    achieved: float
+    of: str
+    criterion: str
+    layers: tuple[LayerChange, ...]
+    spared: Mapping[str, str] = field(default_factory=dict)
+    delta: ArchitectureDelta
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    sparsity: float
+    of: str
+    criterion: str
+    ranking: str
+    min_channels: int
+    channel_multiple: int
+    seed: int
+
+
+def prune_channels(
+    module: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    *,
+    sparsity: float,
+    of: Literal["macs", "parameters"] = "macs",
+    criterion: Criterion = "auto",
+    ranking: Literal["global", "local"] = "global",
+    min_channels: int = 8,
+    channel_multiple: int = 1,
+    exclude: Sequence[str] = (),
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> ChannelPruning:
+    """A copy of the module without its least important channels; the module itself is not touched.
+
+    `sparsity` is the fraction of multiply-accumulates (or parameters) to remove. What stays of each
+    layer is a multiple of `channel_multiple` and at least `min_channels`; the first layer, the output
+    layers and layers whose path matches a pattern of `exclude` keep their width. `loss` gives the loss
+    on calibration data, one scalar or one for each batch; criterion "taylor" needs it.
+
+    The result is proven on the example inputs: see `deploy.pruning.proof`. Raises UsageError for a
+    request that cannot be met, ModelError for a module that cannot be traced or cut.
+    """
+    request = _Request(
+        sparsity=sparsity, of=of, criterion=criterion, ranking=ranking, min_channels=min_channels,
+        channel_multiple=channel_multiple, seed=seed,
+    )  # fmt: skip
+    _check(request, loss)
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = tuple(tensor.detach().clone() for tensor in example_inputs)
+        work, work_inputs = _working_copy(module, inputs)
+        channels = find_channels(work, work_inputs, excluded=_matching(module, exclude))
+        cells, unscored = _scored(module, channels.cells, request, loss)
+        spared = {**channels.spared, **unscored}
+        delta, selection, refuted = _plan(work, work_inputs, cells, request, spared)
+        pruned = apply_delta(module, delta)
+        _run_once(pruned, inputs)
+        # Both in the working precision: a float32 kernel may hide what it computes from the counter.
+        costs = count_cost(work, work_inputs), count_cost(apply_delta(work, delta), work_inputs)
+        changes = _changes(module, pruned)
+        return _result(pruned, costs, changes, (delta, selection), request, {**spared, **refuted})
+
+
+def _check(request: _Request, loss: Loss | None) -> None:
+    if not 0.0 < request.sparsity < 1.0:
+        raise UsageError(
+            "the sparsity is out of range",
+            found=request.sparsity,
+            expected="a number between 0 and 1, both excluded",
+            fix="for example sparsity = 0.4; leave pruning out to remove nothing",
+        )
+    for name, value, known in (
+        ("criterion", request.criterion, CRITERIA),
+        ("ranking", request.ranking, ("global", "local")),
+        ("of", request.of, ("macs", "parameters")),
+    ):
+        if value not in known:
+            raise UsageError(
+                f"unknown {name}",
+                found=value,
+                expected=", ".join(known),
+                fix=f"did you mean {nearest(value, known)[0]}?",
+            )
+    for name, number in (
+        ("min_channels", request.min_channels),
+        ("channel_multiple", request.channel_multiple),
+    ):
+        if number < 1:
+            raise UsageError(
+                f"{name} is out of range", found=number, expected="at least 1", fix=f"set {name} = 1"
+            )
+    if request.criterion == "taylor" and loss is None:
+        raise UsageError(
+            "the Taylor criterion needs a loss",
+            found="none",
+            expected="loss=: a function from the module to the loss on calibration data",
+            fix='give labelled calibration data, or use criterion = "l2"',
+        )
+
+
+def _working_copy(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A copy in double precision and evaluation mode; in float32 where the model fixes its dtype."""
+    for dtype in (torch.float64, torch.float32):
+        work = copy_module(module).to(device="cpu", dtype=dtype).eval()
+        cast = tuple(
+            tensor.to(device="cpu", dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+            for tensor in inputs
+        )
+        try:
+            with torch.no_grad():
+                forward_outputs(work, cast)
+        except ForwardError as error:
+            failure = error
+            continue
+        return work, cast
+    raise ModelError(
+        f"the forward pass fails in {failure.where} at {failure.line}",
+        found=str(failure.cause).strip().split("\n")[0],
+        expected="a module that runs on the example inputs",
+        fix="check the inputs' shapes and dtypes",
+    ) from failure.cause
+
+
+def _run_once(pruned: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """The forward pass in the module's own precision; what was proven in the working one must run here."""
+    try:
+        with evaluation(pruned), torch.no_grad():
+            forward_outputs(pruned, tuple(tensor.clone() for tensor in inputs))
+    except ForwardError as error:
+        raise ModelError(
+            f"the pruned model fails in {error.where} at {error.line}",
+            found=str(error.cause).strip().split("\n")[0],
+            expected="a forward pass in the module's own dtype and on its device",
+            fix="pass example inputs of that dtype and device",
+        ) from error.cause
+
+
+def _matching(module: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Paths of layers that a pattern names, by themselves or by a module that holds them."""
+    paths = [path for path, _ in module.named_modules() if path]
+    chosen: dict[str, None] = {}
+    for pattern in patterns:
+        named = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
+        if not named:
+            raise UsageError(
+                "an exclude pattern matches no module",
+                found=pattern,
+                expected=f"a module's path, like {', '.join(nearest(pattern, paths))}",
+                fix="correct the pattern, or remove it",
+            )
+        chosen.update(
+            (path, None) for path in paths if any(path == one or path.startswith(f"{one}.") for one in named)
+        )
+    return tuple(chosen)
+
+
+def _scored(
+    module: nn.Module, cells: Sequence[Cell], request: _Request, loss: Loss | None
+) -> tuple[list[tuple[Cell, Tensor]], dict[str, str]]:
+    """Cells with their units' scores, and layers that the criterion cannot judge."""
+    if request.criterion == "taylor" and loss is not None:
+        return list(zip(cells, scoring.taylor_scores(module, cells, loss), strict=True)), {}
+    modules = dict(module.named_modules())
+    scored: list[tuple[Cell, Tensor]] = []
+    unscored: dict[str, str] = {}
+    for index, cell in enumerate(cells):
+        scores = scoring.unit_scores(cell, request.criterion, modules, request.seed + index)
+        if scores is None:
+            unscored.update((path, scoring.NO_NORM_REASON) for path in cell.outputs)
+        else:
+            scored.append((cell, scores.cpu()))
+    return scored, unscored
+
+
+def _plan(
+    work: nn.Module,
+    inputs: tuple[Tensor, ...],
+    scored: Sequence[tuple[Cell, Tensor]],
+    request: _Request,
+    spared: Mapping[str, str],
+) -> tuple[ArchitectureDelta, Selection, dict[str, str]]:
+    """The proven delta whose cost is nearest to the asked one; its selection; what was refuted."""
+    shapes, weights = _cost_model(work, inputs, request.of)
+    disturbed = proof.disturbed(work, seed=request.seed)
+    refuted: dict[str, str] = {}
+    while True:
+        selection = _select(scored, shapes, weights, work, request)
+        if not any(selection.counts) or abs(selection.achieved - request.sparsity) > FAR:
+            raise _unreachable(selection, request, spared, refuted)
+        chosen = [
+            [cell.units[index] for index in scores.argsort(stable=True)[:count].tolist()]
+            for (cell, scores), count in zip(scored, selection.counts, strict=True)
+        ]
+        delta = _delta(work, [unit for units in chosen for unit in units])
+        reason = proof.refute(disturbed, delta, inputs)
+        if reason is None:
+            return delta, selection, refuted
+        guilty = _guilty(work, disturbed, inputs, chosen)
+        guilty = guilty or {index: reason for index, units in enumerate(chosen) if units}
+        for index, why in guilty.items():
+            refuted.update((path, why) for path in scored[index][0].outputs)
+        scored = [one for index, one in enumerate(scored) if index not in guilty]
+
+
+def _select(
+    scored: Sequence[tuple[Cell, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, float],
+    work: nn.Module,
+    request: _Request,
+) -> Selection:
+    return select(
+        [
+            Candidates(scores=tuple(scores.tolist()), rates=cell.rates, outputs=cell.outputs)
+            for cell, scores in scored
+        ],
+        widths={path: layers.width(part) for path, part in work.named_modules() if layers.is_weighted(part)},
+        shapes=shapes,
+        weights=weights,
+        asked=request.sparsity,
+        ranking=request.ranking,
+        min_channels=request.min_channels,
+        channel_multiple=request.channel_multiple,
+    )  # fmt: skip
+
+
+def _cost_model(
+    work: nn.Module, inputs: tuple[Tensor, ...], of: str
+) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
+    """Every tensor's shape, and the cost of one element of it.
+
+    A layer's multiply-accumulates are in proportion to the elements of its weight. What is computed
+    outside of layers is a constant under the name "".
+    """
+    tensors = dict([*work.named_parameters(), *work.named_buffers()])
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if of == "parameters":
+        return shapes, dict.fromkeys((name for name, _ in work.named_parameters()), 1.0)
+    total, by_path = count_macs(work, inputs)
+    weights: dict[str, float] = {}
+    for path, part in work.named_modules():
+        name = f"{path}.weight" if path else "weight"
+        if layers.is_weighted(part) and name in tensors:
+            weights[name] = by_path.get(path, 0) / tensors[name].numel()
+            total -= by_path.get(path, 0)
+    return shapes | {"": (1,)}, weights | {"": float(total)}
+
+
+def _delta(work: nn.Module, units: Sequence[Mapping[Slot, tuple[int, ...]]]) -> ArchitectureDelta:
+    removed, attributes = removed_indices(units, dict(work.named_modules()))
+    tensors = dict([*work.named_parameters(), *work.named_buffers()])
+    changes: dict[str, TensorDelta] = {}
+    for name in dict.fromkeys(name for name, _ in removed):
+        before = tuple(tensors[name].shape)
+        kept = {
+            dim: tuple(sorted(set(range(before[dim])) - set(removed[name, dim])))
+            for dim in range(len(before))
+            if (name, dim) in removed
+        }
+        after = tuple(len(kept.get(dim, range(size))) for dim, size in enumerate(before))
+        changes[name] = TensorDelta(before=before, after=after, kept=kept)
+    parameters = tuple(name for name, _ in work.named_parameters())
+    return ArchitectureDelta(attributes=attributes, tensors=changes, parameters=parameters)
+
+
+def _guilty(
+    work: nn.Module,
+    disturbed: nn.Module,
+    inputs: tuple[Tensor, ...],
+    chosen: Sequence[Sequence[Mapping[Slot, tuple[int, ...]]]],
+) -> dict[int, str]:
+    """Cells that are refuted when they alone are cut."""
+    found: dict[int, str] = {}
+    for index, units in enumerate(chosen):
+        reason = proof.refute(disturbed, _delta(work, units), inputs) if units else None
+        if reason is not None:
+            found[index] = reason
+    return found
+
+
+def _unreachable(
+    selection: Selection, request: _Request, spared: Mapping[str, str], refuted: Mapping[str, str]
+) -> UsageError | ModelError:
+    limits = f"channel_multiple {request.channel_multiple} and min_channels {request.min_channels}"
+    if refuted:
+        return ModelError(
+            f"{request.sparsity:.0%} of the {_noun(request.of)} cannot be removed: {_listed(refuted)}",
+            found=f"at most {selection.reachable:.1%} in the other layers",
+            expected="a forward that reads its widths from the tensors and keeps channels apart",
+            fix="write x.flatten(1) or x.view(x.shape[0], -1) instead of fixed numbers, or ask for less",
+        )
+    if selection.reachable == 0.0:
+        return UsageError(
+            f"no channel can be removed at {limits}",
+            found=_listed(spared) if spared else "no layer with channels to spare",
+            expected="at least one inner layer wider than the multiple and the minimum",
+            fix="lower channel_multiple or min_channels, or exclude less",
+        )
+    return UsageError(
+        f"{request.sparsity:.1%} of the {_noun(request.of)} cannot be removed at {limits}",
+        found=f"the nearest is {selection.achieved:.1%}, the most {selection.reachable:.1%}",
+        expected="a sparsity within 10 points of what the steps allow",
+        fix="ask for what is reachable, lower channel_multiple or min_channels, or exclude less",
+    )
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    shown = [f"{path}: {reason}" for path, reason in list(reasons.items())[:4]]
+    return "; ".join(shown) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
+
+
+def _noun(of: str) -> str:
+    return "multiply-accumulates" if of == "macs" else "parameters"
+
+
+def _result(
+    pruned: nn.Module,
+    costs: tuple[Cost, Cost],
+    changes: tuple[LayerChange, ...],
+    planned: tuple[ArchitectureDelta, Selection],
+    request: _Request,
+    spared: Mapping[str, str],
+) -> ChannelPruning:
+    before, after = costs
+    achieved = 1.0 - getattr(after, request.of) / getattr(before, request.of)
+    narrowed = {change.layer for change in changes if change.after < change.before}
+    return ChannelPruning(
+        module=pruned,
+        before=before,
+        after=after,
+        asked=request.sparsity,
+        achieved=achieved,
+        of=request.of,
+        criterion=request.criterion,
+        layers=changes,
+        spared={path: reason for path, reason in spared.items() if path not in narrowed},
+        delta=planned[0],
+        note=_note(achieved, planned[1], request),
+    )
+
+
+def _changes(module: nn.Module, pruned: nn.Module) -> tuple[LayerChange, ...]:
+    smaller = dict(pruned.named_modules())
+    return tuple(
+        LayerChange(
+            layer=path, kind=type(part).__name__, before=layers.width(part), after=layers.width(smaller[path])
+        )
+        for path, part in module.named_modules()
+        if layers.is_weighted(part)
+    )
+
+
+def _note(achieved: float, selection: Selection, request: _Request) -> str:
+    if abs(achieved - request.sparsity) <= TOLERANCE:
+        return ""
+    limits = f"channel multiple {request.channel_multiple} and min_channels {request.min_channels}"
+    most = selection.reachable < request.sparsity
+    reason = "the most that" if most else "the nearest found in the steps that"
+    return f"asked {request.sparsity:.1%}, achieved {achieved:.1%}: {reason} {limits} allow"

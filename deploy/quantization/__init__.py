@@ -1,0 +1,1 @@
+"""Which operators may become integers."""

@@ -1,0 +1,1 @@
+"""Training that earns accuracy back after pruning."""

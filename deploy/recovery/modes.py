@@ -1,0 +1,35 @@
+"""A module's modes and flags, changed for a while and given back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def trainable(module: nn.Module) -> Iterator[None]:
+    """All floating-point parameters take gradients inside; flags and modes come back afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    modes = [(child, child.training) for child in module.modules()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(parameter.is_floating_point())
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        for child, mode in modes:
+            child.training = mode
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every submodule's own mode comes back afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode

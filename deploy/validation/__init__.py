@@ -1,0 +1,1 @@
+"""Whether a rung's artifact answers as its module does."""

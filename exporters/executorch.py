@@ -1,0 +1,368 @@
+"""ExecuTorch programs (.pte) for the XNNPACK delegate: float32, float16, static and dynamic int8.
+
+Follows ExecuTorch 1.4's documented path: PT2E quantization with XNNPACKQuantizer, then
+to_edge_transform_and_lower with the XNNPACK partitioners.
+"""
+
+import copy
+import importlib.util
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from calibration.spec import TensorSpec
+from exporters.base import Artifact, Delegated, Operator, Quantization
+from exporters.quiet import quiet
+from targets.errors import DeployError, IntegrityError, ModelError
+
+REFUSED_OPERATORS = {
+    "while_loop": "ExecuTorch 1.4 does not emit while_loop; unroll it, or use scan with a fixed length"
+}
+CONTROL_FLOW = ("while_loop", "cond", "map_impl", "scan")
+
+
+class ExecuTorchExporter:
+    """Writes and runs .pte files."""
+
+    runtime = "executorch"
+    suffix = ".pte"
+    precisions = ("float32", "float16", "int8", "int8-dynamic")
+
+    def export(
+        self,
+        captured: Any,
+        *,
+        precision: str,
+        calibration: Sequence[Mapping[str, np.ndarray[Any, Any]]],
+        quantization: Quantization,
+        file: Path,
+    ) -> Artifact:
+        """Lowers the graph to XNNPACK and writes the program. Raises ModelError where it cannot."""
+        graph = prefer_delegated_forms(captured.graph)
+        _refuse_operators(graph)
+        graph = quantize(captured, graph, precision, calibration, quantization)
+        program, delegated = lower(captured.program(graph), dynamic=precision == "int8-dynamic")
+        file.write_bytes(program)
+        return Artifact(runtime=self.runtime, file=file, precision=precision, delegated=delegated)
+
+    def open(
+        self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
+    ) -> "ExecuTorchSession":
+        """Loads a program for calls; only the runtime is imported."""
+        return ExecuTorchSession(file, inputs=inputs, outputs=outputs, threads=threads)
+
+
+def quantize(
+    captured: Any,
+    graph: torch.fx.GraphModule,
+    precision: str,
+    calibration: Sequence[Mapping[str, np.ndarray[Any, Any]]],
+    quantization: Quantization,
+) -> torch.fx.GraphModule:
+    """The graph in the wanted precision; its inputs and outputs stay float32."""
+    if precision == "float32":
+        return graph
+    if precision == "float16":
+        return _half(graph)
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    with quiet():
+        prepared = prepare_pt2e(_copy(graph), _quantizer(precision, quantization))
+        with torch.no_grad():
+            for batch in calibration:
+                positional, by_name = _arguments(captured, batch)
+                prepared(*positional, **by_name)
+        converted: torch.fx.GraphModule = convert_pt2e(prepared)
+    return converted
+
+
+def lower(program: torch.export.ExportedProgram, *, dynamic: bool) -> tuple[bytes, Delegated]:
+    """The program's bytes and what XNNPACK took of it."""
+    from executorch.backends.xnnpack.partition import xnnpack_partitioner as partitioners
+    from executorch.exir import to_edge_transform_and_lower
+
+    chosen = [partitioners.XnnpackPartitioner()]
+    if dynamic:
+        chosen.insert(0, partitioners.XnnpackDynamicallyQuantizedPartitioner())
+    reasons: dict[str, str] = {}
+    try:
+        with quiet(), _refusals(reasons):
+            edge = to_edge_transform_and_lower(program, partitioner=chosen)
+            delegated = _delegation(edge.exported_program().graph_module, reasons)
+            data = bytes(edge.to_executorch().buffer)
+    except DeployError:
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise ModelError(
+            "ExecuTorch cannot lower the model",
+            found=f"{type(error).__name__}: {text[0] if text else ''}",
+            fix="exclude the operator it names, or choose another precision with --precision float32",
+        ) from error
+    return data, delegated
+
+
+def prefer_delegated_forms(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The same function, written in the forms that XNNPACK takes.
+
+    A mean over height and width without keepdim stays out of the delegate; with keepdim and a
+    reshape behind it, it goes in.
+    """
+    graph = _copy(graph)
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mean.dim):
+        _keep_dimensions_(graph, node)
+    graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
+def _keep_dimensions_(graph: torch.fx.GraphModule, node: torch.fx.Node) -> None:
+    value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else None
+    keeps = len(node.args) > 2 and bool(node.args[2])
+    if value is None or value.dim() != 4 or keeps:
+        return
+    if sorted(axis % 4 for axis in node.args[1]) != [2, 3]:  # type: ignore[union-attr, arg-type, operator]
+        return
+    with graph.graph.inserting_after(node):
+        flat = graph.graph.call_function(torch.ops.aten.flatten.using_ints, (node, 1))
+    flat.meta = dict(node.meta)
+    node.replace_all_uses_with(flat, delete_user_cb=lambda user: user is not flat)
+    node.args = (node.args[0], [2, 3], True)
+    node.meta = {**node.meta, "val": node.meta["val"][:, :, None, None]}
+
+
+def _copy(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    with quiet():
+        return copy.deepcopy(graph)
+
+
+def _half(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Weights and arithmetic in float16 between float32 inputs and outputs."""
+
+    class Half(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = _copy(graph).half()
+
+        def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
+            narrow = pytree.tree_map(_to_half, (args, kwargs))
+            return pytree.tree_map(_to_float, self.inner(*narrow[0], **narrow[1]))
+
+    half = Half()
+    half.forward = _with_signature(half.forward, graph)  # type: ignore[method-assign]
+    return half  # type: ignore[return-value]
+
+
+def _with_signature(function: Any, graph: torch.fx.GraphModule) -> Any:
+    import functools
+    import inspect
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__signature__ = inspect.signature(graph.forward)  # type: ignore[attr-defined]
+    return call
+
+
+def _to_half(value: Tensor) -> Tensor:
+    return value.half() if value.is_floating_point() else value
+
+
+def _to_float(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+def _quantizer(precision: str, quantization: Quantization) -> Any:
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
+
+    config = xnnpack_quantizer.get_symmetric_quantization_config(
+        is_per_channel=True, is_dynamic=precision == "int8-dynamic"
+    )
+    quantizer = xnnpack_quantizer.XNNPACKQuantizer().set_global(config)
+    kept = quantization.keep_float
+
+    def may_quantize(node: torch.fx.Node) -> bool:
+        path = module_path(node)
+        return not any(path == name or path.startswith(f"{name}.") for name in kept)
+
+    return quantizer.set_filter_function(may_quantize)
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """Where a node stands in the user's model, e.g. "block1.expand.0"; "" is the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return str(paths[-1]) if paths else ""
+
+
+def _arguments(
+    captured: Any, batch: Mapping[str, np.ndarray[Any, Any]]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    tensors = {
+        spec.name: torch.from_numpy(np.ascontiguousarray(batch[spec.name])) for spec in captured.inputs
+    }
+    return ((), tensors) if captured.arguments[1] else (tuple(tensors.values()), {})
+
+
+def _refuse_operators(graph: torch.fx.GraphModule) -> None:
+    for submodule in graph.modules():
+        if not isinstance(submodule, torch.fx.GraphModule):
+            continue
+        for node in submodule.graph.nodes:
+            name = getattr(node.target, "__name__", str(node.target))
+            if name in REFUSED_OPERATORS:
+                raise ModelError(
+                    f"the model uses {name}",
+                    found=f"in {module_path(node) or 'the model itself'}",
+                    expected="operators that ExecuTorch emits",
+                    fix=REFUSED_OPERATORS[name],
+                )
+
+
+def _delegation(graph: torch.fx.GraphModule, reasons: Mapping[str, str]) -> Delegated:
+    inside = 0
+    left: list[Operator] = []
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and node.name.startswith("lowered_module_"):
+            lowered = getattr(graph, node.name).original_module.graph
+            inside += sum(1 for inner in lowered.nodes if _is_operator(inner))
+        elif _is_operator(node):
+            left.append(_left_out(node, reasons))
+    return Delegated(delegate="xnnpack", operators=inside + len(left), delegated=inside, left=tuple(left))
+
+
+def _is_operator(node: torch.fx.Node) -> bool:
+    name = str(node.target)
+    return node.op == "call_function" and not any(
+        skip in name for skip in ("getitem", "call_delegate", "alloc", "sym_size")
+    )
+
+
+def _left_out(node: torch.fx.Node, reasons: Mapping[str, str]) -> Operator:
+    operator = str(node.target).removeprefix("<EdgeOpOverload: ").partition(">")[0]
+    why = reasons.get(node.name) or "XNNPACK has no such operator, or its neighbours stay outside too"
+    return Operator(operator=operator, module=module_path(node), why=why)
+
+
+@contextmanager
+def _refusals(reasons: dict[str, str]) -> Iterator[None]:
+    """Collects what the partitioner logs about each node that it leaves out."""
+    pattern = re.compile(r"WhyNoPartition: Node (\S+) was not partitioned because (.+?)\.?$", re.DOTALL)
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if match := pattern.match(str(record.msg)):
+                reasons.setdefault(match[1], match[2])
+
+    names = ("generic_node_configs", "gemm_configs", "xnnpack_config", "node_configs")
+    loggers = [logging.getLogger(f"executorch.backends.xnnpack.partition.config.{name}") for name in names]
+    handler, levels = Collect(), [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = True
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Lets the runtime's bindings import without ExecuTorch's compiler, which they need for one decorator.
+
+    portable_lib imports executorch.exir._warnings; the package around it costs seconds and is no part of
+    the runtime. An empty package of the same path stands in for it while the bindings load.
+    """
+    name = "executorch.exir"
+    if name in sys.modules:
+        yield
+        return
+    root = importlib.util.find_spec("executorch")
+    stand_in = ModuleType(name)
+    places = root.submodule_search_locations if root else None
+    stand_in.__path__ = [str(Path(place) / "exir") for place in places or []]
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+class ExecuTorchSession:
+    """A loaded .pte. Inputs are made contiguous: channels_last gives wrong numbers in silence."""
+
+    def __init__(
+        self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
+    ) -> None:
+        with quiet(), _without_compiler():
+            from executorch.extension.pybindings import portable_lib
+            from executorch.runtime import Runtime
+        self._threads = portable_lib
+        self._inputs = tuple(inputs)
+        self._outputs = tuple(outputs)
+        self.set_threads(threads)
+        try:
+            self._program = Runtime.get().load_program(file)
+            self._method = self._program.load_method("forward")
+        except RuntimeError as error:
+            raise IntegrityError(
+                f"{file.name} is no program that this ExecuTorch loads", found=str(error)
+            ) from error
+        if self._method is None:
+            raise IntegrityError(f"{file.name} has no method", expected="forward")
+
+    def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """One call; the outputs are copies."""
+        values = self._execute(self.prepare(inputs))
+        return {name: value.numpy().copy() for name, value in zip(self._outputs, values, strict=True)}
+
+    def prepare(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> tuple[Tensor, ...]:
+        """Contiguous tensors in the program's order. Raises ModelError for a wrong name or dtype."""
+        return tuple(self._tensor(spec, inputs) for spec in self._inputs)
+
+    def call(self, prepared: tuple[Tensor, ...]) -> None:
+        """One call whose outputs are thrown away."""
+        self._method.execute(prepared)
+
+    def set_threads(self, threads: int) -> None:
+        """The size of the runtime's thread pool."""
+        self._threads._unsafe_reset_threadpool(threads)
+
+    def _execute(self, prepared: tuple[Tensor, ...]) -> list[Tensor]:
+        try:
+            values: list[Tensor] = list(self._method.execute(prepared))
+        except RuntimeError as error:
+            raise ModelError(
+                "the program refused its inputs",
+                found=", ".join(
+                    f"{spec.name} {tuple(t.shape)}" for spec, t in zip(self._inputs, prepared, strict=True)
+                ),
+                expected=", ".join(
+                    f"{spec.name} {list(spec.shape)} within {dict(spec.bounds)}" for spec in self._inputs
+                ),
+                fix=f"the runtime said: {error}",
+            ) from error
+        return values
+
+    def _tensor(self, spec: TensorSpec, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Tensor:
+        if spec.name not in inputs:
+            raise ModelError("an input is missing", found=", ".join(inputs), expected=spec.name)
+        array = inputs[spec.name]
+        if str(array.dtype) != spec.dtype:
+            raise ModelError(f"input {spec.name} has the wrong dtype", found=array.dtype, expected=spec.dtype)
+        return torch.from_numpy(np.ascontiguousarray(array))

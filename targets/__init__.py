@@ -1,0 +1,1 @@
+"""What hardware is and can do: plain data, no torch."""
