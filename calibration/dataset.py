@@ -72,7 +72,7 @@ class Dataset:
 
 
 def check(data: Dataset) -> Dataset:
-    """The dataset, when names, shapes, dtypes and values fit. Raises UsageError for the first that does not."""
+    """The dataset, when names, shapes, dtypes and values fit; UsageError for the first that does not."""
     lengths = {name: len(array) for name, array in data.inputs.items() if array.ndim}
     if not lengths or min(lengths.values()) == 0:
         raise UsageError(f"{data.origin} holds no samples", expected="at least one")

@@ -27,13 +27,12 @@ from deploy.manifest import (
     Verdict,
     encode,
 )
-from deploy.pipeline import Pipeline, RungResult
+from deploy.pipeline import Pipeline, RungResult, accuracy_fails
 from deploy.planner import Plan
 from deploy.validation.metrics import Drop
 from exporters.base import EXPORTERS, find_exporter
 from targets.errors import BudgetError, DeployError, MissingRequirementError, ModelError, WrongOutputsError
 
-DEFAULT_MAX_DROP = 0.01
 DEVICE_OF_KIND = {"phone": "adb", "board": "ssh:USER@HOST", "server": "ssh:USER@HOST", "browser": "browser"}
 HASH_LENGTH = 12
 BYTES_OF_UNIT = {"size_mb": 1e6, "peak_memory_mb": 1e6}
@@ -115,7 +114,7 @@ def _decide(
     rungs = [_rung(plan, pipeline, result, options) for result in results]
     candidates = [_candidate(plan, rung, result) for rung, result in zip(rungs, results, strict=True)]
     choice = ladder.choose(candidates, by_size=plan.objective == "size") or _best_over_budget(
-        plan, rungs, candidates
+        plan, results, candidates
     )
     shipped = next(result for result in results if result.plan.name == choice.name)
     marked = [
@@ -130,6 +129,7 @@ def _decide(
         widths=pruned.widths if pruned else [],
         pruning=pruned.asked if pruned else [],
         recovery=pipeline.recovery(),
+        sensitivity=pipeline.sensitivity(shipped.plan),
         runner_up=choice.runner_up,
         report_accuracy=_accuracy(plan, report_drop) if report_drop else None,
         stages=pipeline.stages,
@@ -190,18 +190,6 @@ def _latency(pipeline: Pipeline, result: RungResult) -> Latency:
     )
 
 
-def max_drop(plan: Plan, reference: float | None) -> float:
-    """The allowed drop in the metric's unit."""
-    evaluate = plan.project.tables.evaluate
-    if evaluate is None:
-        return DEFAULT_MAX_DROP
-    if evaluate.max_drop is not None:
-        return evaluate.max_drop
-    if evaluate.max_drop_relative is not None and reference is not None:
-        return evaluate.max_drop_relative * abs(reference)
-    return DEFAULT_MAX_DROP
-
-
 def _accuracy(plan: Plan, drop: Drop | None) -> Accuracy:
     evaluate = plan.project.tables.evaluate
     if drop is None or evaluate is None:
@@ -214,7 +202,7 @@ def _accuracy(plan: Plan, drop: Drop | None) -> Accuracy:
             metric=evaluate.metric if evaluate else None, value=None, drop=None, drop_ci95=None, samples=0,
             verdict="unmeasured", reason=reason,
         )  # fmt: skip
-    settled = ladder.verdict(drop, max_drop(plan, drop.reference))
+    settled = ladder.verdict(drop, ladder.allowed_drop(evaluate, drop.reference))
     return Accuracy(
         metric=evaluate.metric,
         value=drop.value,
@@ -236,17 +224,8 @@ def _candidate(plan: Plan, rung: Rung, result: RungResult) -> ladder.Candidate:
         size_bytes=rung.size_bytes or 0,
         median_ms=float("inf") if latency.median_ms is None else latency.median_ms,
         interval=(interval[0], interval[1]),
-        fails=rung.dropped or _accuracy_fails(plan, rung) or _over_budget(plan, rung),
+        fails=rung.dropped or accuracy_fails(plan, result) or _over_budget(plan, rung),
     )
-
-
-def _accuracy_fails(plan: Plan, rung: Rung) -> str | None:
-    evaluate = plan.project.tables.evaluate
-    if evaluate is None or rung.accuracy.value is None or rung.accuracy.drop is None:
-        return None
-    sign = 1 if evaluate.direction == "max" else -1
-    allowed = max_drop(plan, rung.accuracy.value + sign * rung.accuracy.drop)
-    return ladder.accuracy_fails(rung.accuracy, allowed, evaluate.accept)
 
 
 def _over_budget(plan: Plan, rung: Rung) -> str | None:
@@ -257,22 +236,25 @@ def _over_budget(plan: Plan, rung: Rung) -> str | None:
     return None
 
 
-def _best_over_budget(plan: Plan, rungs: list[Rung], candidates: list[ladder.Candidate]) -> ladder.Choice:
+def _best_over_budget(
+    plan: Plan, results: list[RungResult], candidates: list[ladder.Candidate]
+) -> ladder.Choice:
     """When only a budget stands in the way the build stays, marked; wrong outputs or accuracy raise."""
     within_accuracy = [
         ladder.Candidate(name=c.name, size_bytes=c.size_bytes, median_ms=c.median_ms, interval=c.interval)
-        for rung, c in zip(rungs, candidates, strict=True)
-        if rung.dropped is None and _accuracy_fails(plan, rung) is None
+        for result, c in zip(results, candidates, strict=True)
+        if result.dropped is None and accuracy_fails(plan, result) is None
     ]
     choice = ladder.choose(within_accuracy, by_size=True)
     if choice is None:
         reasons = "; ".join(f"{c.name}: {c.fails}" for c in candidates)
-        first = rungs[0]
-        kind = ModelError if all(rung.size_bytes is None for rung in rungs) else WrongOutputsError
+        evaluate = plan.project.tables.evaluate
+        metric = evaluate.metric if evaluate else "accuracy"
+        kind = ModelError if all(result.exported is None for result in results) else WrongOutputsError
         raise kind(
             "no rung may ship",
             found=reasons,
-            expected=f"outputs that agree, and {first.accuracy.metric or 'accuracy'} within its limit",
+            expected=f"outputs that agree, and {metric} within its limit",
             fix="raise max_drop, lower [prune] sparsity, add [recover] data, or use --precision float32",
         )
     return ladder.Choice(name=choice.name, reason="closest to the budget", runner_up=None)
@@ -295,7 +277,7 @@ def _budget_lines(plan: Plan, rung: Rung, folder: Path | None) -> list[BudgetLin
         name: getattr(budget, name) for name in ("latency_ms", "first_token_ms", "size_mb", "peak_memory_mb")
     }
     if not any(limits.values()):
-        limits |= plan.target.budget
+        limits |= {str(name): amount for name, amount in plan.target.budget.items()}
     measured_here = plan.target.is_this_machine
     values: dict[str, float | None] = {
         "size_mb": rung.size_bytes / 1e6 if rung.size_bytes else None,
@@ -349,7 +331,7 @@ def _manifest(
         ],
         recommended=Recommended(threads=pipeline.threads, batch=pipeline.batch),
         rungs=rungs,
-        budget=[*_max_drop_line(plan, rung), *_budget_lines(plan, rung, folder)],
+        budget=[*_max_drop_line(plan, shipped, rung), *_budget_lines(plan, rung, folder)],
         licences=[],
         environment=environment(),
         provenance=_provenance(plan, pipeline, options),
@@ -357,18 +339,14 @@ def _manifest(
     )
 
 
-def _max_drop_line(plan: Plan, rung: Rung) -> list[BudgetLine]:
-    if plan.project.tables.evaluate is None:
+def _max_drop_line(plan: Plan, shipped: RungResult, rung: Rung) -> list[BudgetLine]:
+    evaluate = plan.project.tables.evaluate
+    if evaluate is None:
         return []
-    sign = 1 if plan.project.tables.evaluate.direction == "max" else -1
-    accuracy = rung.accuracy
-    reference = (
-        None if accuracy.value is None or accuracy.drop is None else accuracy.value + sign * accuracy.drop
-    )
+    drop = shipped.validated.drop if shipped.validated else None
+    allowed = ladder.allowed_drop(evaluate, drop.reference if drop else 0.0)
     return [
-        BudgetLine(
-            name="max_drop", limit=max_drop(plan, reference), value=accuracy.drop, verdict=accuracy.verdict
-        )
+        BudgetLine(name="max_drop", limit=allowed, value=rung.accuracy.drop, verdict=rung.accuracy.verdict)
     ]
 
 

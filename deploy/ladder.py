@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deploy.manifest import Accuracy, Verdict
+from deploy.manifest import Verdict
+from deploy.project import EvaluateTable
 from deploy.validation.metrics import Drop
+
+DEFAULT_MAX_DROP = 0.01
+TOLERANCE = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,20 +56,29 @@ def _second(ordered: Sequence[Candidate]) -> str | None:
     return ordered[1].name if len(ordered) > 1 else None
 
 
-def verdict(drop: Drop, max_drop: float) -> Verdict:
-    """met: the interval's upper end is within max_drop; missed: its lower end is beyond; else uncertain."""
+def allowed_drop(evaluate: EvaluateTable, reference: float) -> float:
+    """The largest drop that [evaluate] allows, in the metric's unit; one hundredth where it says nothing."""
+    if evaluate.max_drop is not None:
+        return evaluate.max_drop
+    if evaluate.max_drop_relative is not None:
+        return evaluate.max_drop_relative * abs(reference)
+    return DEFAULT_MAX_DROP
+
+
+def verdict(drop: Drop, allowed: float) -> Verdict:
+    """met: the interval's upper end is within; missed: its lower end is beyond; else uncertain."""
     low, high = drop.interval or (drop.drop, drop.drop)
-    if high <= max_drop:
+    if high <= allowed:
         return "met"
-    return "missed" if low > max_drop else "uncertain"
+    return "missed" if low > allowed else "uncertain"
 
 
-def accuracy_fails(accuracy: Accuracy, max_drop: float, accept: str) -> str | None:
-    """Why a rung may not ship for its accuracy; None when it may, or when nothing was measured."""
-    if accuracy.drop is None:
-        return None
-    if accept == "proven" and accuracy.verdict != "met":
-        return f"a drop within {max_drop:g} is not proven: the verdict is {accuracy.verdict}"
-    if accuracy.drop > max_drop + 1e-12:
-        return f"{accuracy.metric} drops by {accuracy.drop:.4g}, {max_drop:g} is allowed"
+def drop_fails(drop: Drop, evaluate: EvaluateTable) -> str | None:
+    """Why a rung may not ship for its accuracy; None when it may."""
+    allowed = allowed_drop(evaluate, drop.reference)
+    settled = verdict(drop, allowed)
+    if evaluate.accept == "proven" and settled != "met":
+        return f"a drop within {allowed:g} is not proven: the verdict is {settled}"
+    if drop.drop > allowed + TOLERANCE:
+        return f"{evaluate.metric} drops by {drop.drop:.4g}, {allowed:g} is allowed"
     return None

@@ -5,18 +5,19 @@ Stages are lazy: a stage whose result is in the cache loads neither the model no
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from calibration.spec import TensorSpec
+from deploy import ladder
 from deploy.cache import Cache, Entry, file_digest
 from deploy.data import ProjectData
 from deploy.environment import cpu_name, own_code, versions
 from deploy.fingerprint import CodeFingerprints, data_fingerprint
-from deploy.manifest import Asked, LayerWidths, RecoveryPoint, Stage
+from deploy.manifest import Asked, LayerSensitivity, LayerWidths, RecoveryPoint, Stage
 from deploy.planner import Plan, RungPlan
 from exporters.base import Delegated, Quantization, find_exporter
 from targets.errors import DeployError, ModelError, WrongOutputsError
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 
 CALIBRATION_BATCH = 32
 LABELS_FOR_LOSS = ("taylor",)
+SENSITIVITY_SAMPLES = 32
+SENSITIVITY_LAYERS = 50
+SENSITIVITY_MACS = 1e11
+HIGHEST_SNR_DB = 200.0
+MIXED_GAIN_DB = 6.0
 
 Announce = Callable[[str], None]
 
@@ -158,8 +164,63 @@ class Pipeline:
     def rungs(self) -> list[RungResult]:
         """Every rung of the plan: made, validated and timed. Raises for a wrong float32 export."""
         made = [self._make(rung) for rung in self.plan.rungs]
+        made += [self._make(replace(rung.plan, mixed=True)) for rung in made if self._wants_mixed(rung)]
         timings = self._time([rung for rung in made if rung.dropped is None])
         return [_with_timing(rung, timings) for rung in made]
+
+    def _wants_mixed(self, rung: RungResult) -> bool:
+        """Whether accuracy asks for some layers to stay float."""
+        if rung.plan.precision != "int8" or len(self.plan.rungs) == 1 or rung.exported is None:
+            return False
+        return rung.dropped is not None or accuracy_fails(self.plan, rung) is not None
+
+    def sensitivity(self, rung: RungPlan) -> list[LayerSensitivity]:
+        """Each layer's own quantization noise, on calibration data; empty for rungs without integers."""
+        if rung.precision != "int8":
+            return []
+        name = f"sensitivity {'pruned' if rung.pruned else 'dense'}"
+        ingredients = {
+            "module": self._module_key(rung.pruned),
+            "calibration": self.data_fingerprint("calibration"),
+        }
+        entry = self._stage(name, ingredients, lambda folder: self._run_sensitivity(rung, folder))
+        layers = msgspec.json.decode(
+            (entry.folder / "sensitivity.json").read_bytes(), type=list[LayerSensitivity]
+        )
+        kept = self._float_layers(rung)
+        return [msgspec.structs.replace(layer, kept_float=layer.layer in kept) for layer in layers]
+
+    def _run_sensitivity(self, rung: RungPlan, folder: Path) -> None:
+        import torch
+
+        from deploy.quantization.sensitivity import layer_sensitivity
+        from exporters.capture import order_inputs
+
+        module = self.module(rung.pruned)
+        ordered, _ = order_inputs(module, self.specs)
+        size = min(len(self._data.calibration), self._sensitivity_samples(rung))
+        batch = self._data.calibration.batch(0, max(size, self._small_batch(1)))
+        found = layer_sensitivity(module, [tuple(torch.from_numpy(batch[spec.name]) for spec in ordered)])
+        layers = [
+            LayerSensitivity(layer=name, snr_db=min(round(snr, 2), HIGHEST_SNR_DB), kept_float=False)
+            for name, snr in found
+        ]
+        (folder / "sensitivity.json").write_bytes(msgspec.json.encode(layers))
+
+    def _sensitivity_samples(self, rung: RungPlan) -> int:
+        """As many samples as a second or so of arithmetic allows: one pass a layer."""
+        passes = self.cost(rung.pruned).macs * SENSITIVITY_LAYERS
+        return max(1, min(SENSITIVITY_SAMPLES, int(SENSITIVITY_MACS / max(passes, 1))))
+
+    def _kept_float(self, rung: RungPlan) -> set[str]:
+        """The layers that stay float in a mixed rung: the fewest that halve the amplitude of the noise."""
+        from deploy.quantization.sensitivity import choose_float_layers, combined_snr_db
+
+        layers = self.sensitivity(replace(rung, mixed=False))
+        pairs = [(layer.layer, layer.snr_db) for layer in layers]
+        wanted = combined_snr_db([snr for _, snr in pairs]) + MIXED_GAIN_DB
+        chosen = choose_float_layers(pairs, wanted_snr_db=wanted)
+        return {*chosen.layers, *self.plan.project.tables.quantize.exclude}
 
     def report_drop(self, rung: RungResult) -> Any:
         """The metric of the shipped rung on data that nothing else has seen; None without such data."""
@@ -360,6 +421,7 @@ class Pipeline:
             "outputs": list(self.plan.project.tables.outputs),
             "quantize": msgspec.to_builtins(quantize) if rung.precision.startswith("int") else None,
             "calibration": self.data_fingerprint("calibration") if rung.precision.startswith("int") else None,
+            "kept_float": sorted(self._float_layers(rung)),
         }
         return self._stage(f"export {rung.name}", ingredients, lambda folder: self._run_export(rung, folder))
 
@@ -376,7 +438,9 @@ class Pipeline:
             captured,
             precision=rung.precision,
             calibration=list(self._data.calibration.batches(self._small_batch())),
-            quantization=Quantization(observer=quantize.observer, keep_float=tuple(quantize.exclude)),
+            quantization=Quantization(
+                observer=quantize.observer, keep_float=tuple(sorted(self._float_layers(rung)))
+            ),
             file=file,
         )
         record = Exported(
@@ -388,10 +452,13 @@ class Pipeline:
         )
         (folder / "export.json").write_bytes(msgspec.json.encode(record))
 
-    def _small_batch(self) -> int:
+    def _float_layers(self, rung: RungPlan) -> set[str]:
+        return self._kept_float(rung) if rung.mixed else set(self.plan.project.tables.quantize.exclude)
+
+    def _small_batch(self, wanted: int = CALIBRATION_BATCH) -> int:
         from deploy.validation.rung import usable_batch
 
-        return usable_batch(self.specs, CALIBRATION_BATCH)
+        return usable_batch(self.specs, wanted)
 
     def _metric(self) -> list[Any]:
         evaluate = self.plan.project.tables.evaluate
@@ -493,7 +560,7 @@ class Pipeline:
         assert self._data.evaluation is not None
         predict = module_predict(self.module(False), self.specs, outputs)
         arrays = predict_all(predict, self._data.evaluation, batch=usable_batch(self.specs))
-        np.savez(folder / "outputs.npz", **arrays)
+        np.savez(folder / "outputs.npz", **arrays)  # type: ignore[arg-type] # numpy's stub lacks plain **arrays
 
     def _measure_report(self, rung: RungResult, folder: Path) -> None:
         from deploy.validation.rung import measure_drop, module_predict, predict_all, usable_batch
@@ -538,6 +605,13 @@ class Pipeline:
         from deploy.validation.rung import usable_batch
 
         return usable_batch(self.specs, 1)
+
+
+def accuracy_fails(plan: Plan, rung: RungResult) -> str | None:
+    """Why a judged rung may not ship for its accuracy; None when it may, or when nothing was measured."""
+    evaluate = plan.project.tables.evaluate
+    drop = rung.validated.drop if rung.validated else None
+    return None if evaluate is None or drop is None else ladder.drop_fails(drop, evaluate)
 
 
 def _key(rung: RungResult) -> str:
@@ -586,6 +660,4 @@ def _judged(result: RungResult, entry: Entry) -> RungResult:
 
 
 def _with_timing(rung: RungResult, timings: "dict[str, Timing]") -> RungResult:
-    from dataclasses import replace
-
     return replace(rung, timing=timings.get(rung.plan.name))

@@ -27,11 +27,13 @@ class RungPlan:
 
     pruned: bool
     precision: str
+    mixed: bool = False
 
     @property
     def name(self) -> str:
-        """For example "pruned-int8"; float32 is called float."""
-        return f"{'pruned' if self.pruned else 'dense'}-{RUNG_WORDS.get(self.precision, self.precision)}"
+        """For example "pruned-int8"; float32 is called float, "-mixed" keeps sensitive layers float."""
+        word = RUNG_WORDS.get(self.precision, self.precision)
+        return f"{'pruned' if self.pruned else 'dense'}-{word}{'-mixed' if self.mixed else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from targets.errors import MissingRequirementError
 
@@ -60,11 +60,14 @@ class Artifact:
     delegated: Delegated | None
 
 
+Observer = Literal["min-max", "percentile", "mse"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
     """How to quantize: the observer of activations and the modules that stay float, by path."""
 
-    observer: str = "min-max"
+    observer: Observer = "min-max"
     keep_float: tuple[str, ...] = ()
 
 

@@ -186,9 +186,12 @@ def _to_float(value: Tensor) -> Tensor:
 def _quantizer(precision: str, quantization: Quantization) -> Any:
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
 
+    from exporters.observers import with_observer
+
     config = xnnpack_quantizer.get_symmetric_quantization_config(
         is_per_channel=True, is_dynamic=precision == "int8-dynamic"
     )
+    config = with_observer(config, quantization.observer)
     quantizer = xnnpack_quantizer.XNNPACKQuantizer().set_global(config)
     kept = quantization.keep_float
 

@@ -70,7 +70,7 @@ def plans(
 
     project = projects.load(config)
     resolved = [find(name, project_folder=project.folder) for name in targets]
-    flags = {
+    flags: dict[str, dict[str, Any]] = {
         "prune": {"sparsity": sparsity, "pattern": pattern, "method": method, "criterion": criterion},
         "quantize": {"precision": precision},
     }

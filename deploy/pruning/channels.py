@@ -8,19 +8,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from deploy.pruning import layers, proof, scoring
-from deploy.pruning.cost import Cost, count_cost, count_macs
-from deploy.pruning.delta import ArchitectureDelta, TensorDelta, apply_delta, copy_module
+from deploy.pruning import layers, scoring
+from deploy.pruning.cost import Cost, count_cost
+from deploy.pruning.delta import ArchitectureDelta, apply_delta, copy_module
 from deploy.pruning.forward import ForwardError, evaluation, forward_outputs
-from deploy.pruning.graph import Cell, Slot, find_channels, removed_indices
-from deploy.pruning.selection import TOLERANCE, Candidates, Selection, select
+from deploy.pruning.graph import Cell, find_channels
+from deploy.pruning.planning import Request, plan_removal
+from deploy.pruning.selection import TOLERANCE, Selection
 from targets.errors import ModelError, UsageError, nearest
 
 Criterion = Literal["auto", "l1", "l2", "bn", "taylor", "median", "random"]
 Loss = Callable[[nn.Module], Tensor | Iterable[Tensor]]
 
 CRITERIA = ("auto", "l1", "l2", "bn", "taylor", "median", "random")
-FAR = 0.10  # a miss beyond this is refused, one beyond TOLERANCE is explained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +55,6 @@ class ChannelPruning:
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    sparsity: float
-    of: str
-    criterion: str
-    ranking: str
-    min_channels: int
-    channel_multiple: int
-    seed: int
-
-
 def prune_channels(
     module: nn.Module,
     example_inputs: tuple[Tensor, ...],
@@ -90,10 +79,15 @@ def prune_channels(
     The result is proven on the example inputs: see `deploy.pruning.proof`. Raises UsageError for a
     request that cannot be met, ModelError for a module that cannot be traced or cut.
     """
-    request = _Request(
-        sparsity=sparsity, of=of, criterion=criterion, ranking=ranking, min_channels=min_channels,
-        channel_multiple=channel_multiple, seed=seed,
-    )  # fmt: skip
+    request = Request(
+        sparsity=sparsity,
+        of=of,
+        criterion=criterion,
+        ranking=ranking,
+        min_channels=min_channels,
+        channel_multiple=channel_multiple,
+        seed=seed,
+    )
     _check(request, loss)
     with torch.inference_mode(False), torch.enable_grad():
         inputs = tuple(tensor.detach().clone() for tensor in example_inputs)
@@ -101,7 +95,7 @@ def prune_channels(
         channels = find_channels(work, work_inputs, excluded=_matching(module, exclude))
         cells, unscored = _scored(module, channels.cells, request, loss)
         spared = {**channels.spared, **unscored}
-        delta, selection, refuted = _plan(work, work_inputs, cells, request, spared)
+        delta, selection, refuted = plan_removal(work, work_inputs, cells, request, spared)
         pruned = apply_delta(module, delta)
         _run_once(pruned, inputs)
         # Both in the working precision: a float32 kernel may hide what it computes from the counter.
@@ -110,7 +104,7 @@ def prune_channels(
         return _result(pruned, costs, changes, (delta, selection), request, {**spared, **refuted})
 
 
-def _check(request: _Request, loss: Loss | None) -> None:
+def _check(request: Request, loss: Loss | None) -> None:
     if not 0.0 < request.sparsity < 1.0:
         raise UsageError(
             "the sparsity is out of range",
@@ -204,9 +198,10 @@ def _matching(module: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
 
 
 def _scored(
-    module: nn.Module, cells: Sequence[Cell], request: _Request, loss: Loss | None
+    module: nn.Module, cells: Sequence[Cell], request: Request, loss: Loss | None
 ) -> tuple[list[tuple[Cell, Tensor]], dict[str, str]]:
     """Cells with their units' scores, and layers that the criterion cannot judge."""
+    _check_weights(module)
     if request.criterion == "taylor" and loss is not None:
         return list(zip(cells, scoring.taylor_scores(module, cells, loss), strict=True)), {}
     modules = dict(module.named_modules())
@@ -221,145 +216,17 @@ def _scored(
     return scored, unscored
 
 
-def _plan(
-    work: nn.Module,
-    inputs: tuple[Tensor, ...],
-    scored: Sequence[tuple[Cell, Tensor]],
-    request: _Request,
-    spared: Mapping[str, str],
-) -> tuple[ArchitectureDelta, Selection, dict[str, str]]:
-    """The proven delta whose cost is nearest to the asked one; its selection; what was refuted."""
-    shapes, weights = _cost_model(work, inputs, request.of)
-    disturbed = proof.disturbed(work, seed=request.seed)
-    refuted: dict[str, str] = {}
-    while True:
-        selection = _select(scored, shapes, weights, work, request)
-        if not any(selection.counts) or abs(selection.achieved - request.sparsity) > FAR:
-            raise _unreachable(selection, request, spared, refuted)
-        chosen = [
-            [cell.units[index] for index in scores.argsort(stable=True)[:count].tolist()]
-            for (cell, scores), count in zip(scored, selection.counts, strict=True)
-        ]
-        delta = _delta(work, [unit for units in chosen for unit in units])
-        reason = proof.refute(disturbed, delta, inputs)
-        if reason is None:
-            return delta, selection, refuted
-        guilty = _guilty(work, disturbed, inputs, chosen)
-        guilty = guilty or {index: reason for index, units in enumerate(chosen) if units}
-        for index, why in guilty.items():
-            refuted.update((path, why) for path in scored[index][0].outputs)
-        scored = [one for index, one in enumerate(scored) if index not in guilty]
-
-
-def _select(
-    scored: Sequence[tuple[Cell, Tensor]],
-    shapes: Mapping[str, tuple[int, ...]],
-    weights: Mapping[str, float],
-    work: nn.Module,
-    request: _Request,
-) -> Selection:
-    return select(
-        [
-            Candidates(scores=tuple(scores.tolist()), rates=cell.rates, outputs=cell.outputs)
-            for cell, scores in scored
-        ],
-        widths={path: layers.width(part) for path, part in work.named_modules() if layers.is_weighted(part)},
-        shapes=shapes,
-        weights=weights,
-        asked=request.sparsity,
-        ranking=request.ranking,
-        min_channels=request.min_channels,
-        channel_multiple=request.channel_multiple,
-    )  # fmt: skip
-
-
-def _cost_model(
-    work: nn.Module, inputs: tuple[Tensor, ...], of: str
-) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
-    """Every tensor's shape, and the cost of one element of it.
-
-    A layer's multiply-accumulates are in proportion to the elements of its weight. What is computed
-    outside of layers is a constant under the name "".
-    """
-    tensors = dict([*work.named_parameters(), *work.named_buffers()])
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if of == "parameters":
-        return shapes, dict.fromkeys((name for name, _ in work.named_parameters()), 1.0)
-    total, by_path = count_macs(work, inputs)
-    weights: dict[str, float] = {}
-    for path, part in work.named_modules():
-        name = f"{path}.weight" if path else "weight"
-        if layers.is_weighted(part) and name in tensors:
-            weights[name] = by_path.get(path, 0) / tensors[name].numel()
-            total -= by_path.get(path, 0)
-    return shapes | {"": (1,)}, weights | {"": float(total)}
-
-
-def _delta(work: nn.Module, units: Sequence[Mapping[Slot, tuple[int, ...]]]) -> ArchitectureDelta:
-    removed, attributes = removed_indices(units, dict(work.named_modules()))
-    tensors = dict([*work.named_parameters(), *work.named_buffers()])
-    changes: dict[str, TensorDelta] = {}
-    for name in dict.fromkeys(name for name, _ in removed):
-        before = tuple(tensors[name].shape)
-        kept = {
-            dim: tuple(sorted(set(range(before[dim])) - set(removed[name, dim])))
-            for dim in range(len(before))
-            if (name, dim) in removed
-        }
-        after = tuple(len(kept.get(dim, range(size))) for dim, size in enumerate(before))
-        changes[name] = TensorDelta(before=before, after=after, kept=kept)
-    parameters = tuple(name for name, _ in work.named_parameters())
-    return ArchitectureDelta(attributes=attributes, tensors=changes, parameters=parameters)
-
-
-def _guilty(
-    work: nn.Module,
-    disturbed: nn.Module,
-    inputs: tuple[Tensor, ...],
-    chosen: Sequence[Sequence[Mapping[Slot, tuple[int, ...]]]],
-) -> dict[int, str]:
-    """Cells that are refuted when they alone are cut."""
-    found: dict[int, str] = {}
-    for index, units in enumerate(chosen):
-        reason = proof.refute(disturbed, _delta(work, units), inputs) if units else None
-        if reason is not None:
-            found[index] = reason
-    return found
-
-
-def _unreachable(
-    selection: Selection, request: _Request, spared: Mapping[str, str], refuted: Mapping[str, str]
-) -> UsageError | ModelError:
-    limits = f"channel_multiple {request.channel_multiple} and min_channels {request.min_channels}"
-    if refuted:
-        return ModelError(
-            f"{request.sparsity:.0%} of the {_noun(request.of)} cannot be removed: {_listed(refuted)}",
-            found=f"at most {selection.reachable:.1%} in the other layers",
-            expected="a forward that reads its widths from the tensors and keeps channels apart",
-            fix="write x.flatten(1) or x.view(x.shape[0], -1) instead of fixed numbers, or ask for less",
+def _check_weights(module: nn.Module) -> None:
+    bad = [
+        name for name, parameter in module.named_parameters() if not torch.isfinite(parameter.detach()).all()
+    ]
+    if bad:
+        raise ModelError(
+            f"the weights of {type(module).__name__} are not finite",
+            found=f"NaN or infinity in {', '.join(bad[:5])}",
+            expected="finite numbers, which can be ranked",
+            fix="load the weights again, or train without the step that broke them",
         )
-    if selection.reachable == 0.0:
-        return UsageError(
-            f"no channel can be removed at {limits}",
-            found=_listed(spared) if spared else "no layer with channels to spare",
-            expected="at least one inner layer wider than the multiple and the minimum",
-            fix="lower channel_multiple or min_channels, or exclude less",
-        )
-    return UsageError(
-        f"{request.sparsity:.1%} of the {_noun(request.of)} cannot be removed at {limits}",
-        found=f"the nearest is {selection.achieved:.1%}, the most {selection.reachable:.1%}",
-        expected="a sparsity within 10 points of what the steps allow",
-        fix="ask for what is reachable, lower channel_multiple or min_channels, or exclude less",
-    )
-
-
-def _listed(reasons: Mapping[str, str]) -> str:
-    shown = [f"{path}: {reason}" for path, reason in list(reasons.items())[:4]]
-    return "; ".join(shown) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
-
-
-def _noun(of: str) -> str:
-    return "multiply-accumulates" if of == "macs" else "parameters"
 
 
 def _result(
@@ -367,7 +234,7 @@ def _result(
     costs: tuple[Cost, Cost],
     changes: tuple[LayerChange, ...],
     planned: tuple[ArchitectureDelta, Selection],
-    request: _Request,
+    request: Request,
     spared: Mapping[str, str],
 ) -> ChannelPruning:
     before, after = costs
@@ -399,7 +266,7 @@ def _changes(module: nn.Module, pruned: nn.Module) -> tuple[LayerChange, ...]:
     )
 
 
-def _note(achieved: float, selection: Selection, request: _Request) -> str:
+def _note(achieved: float, selection: Selection, request: Request) -> str:
     if abs(achieved - request.sparsity) <= TOLERANCE:
         return ""
     limits = f"channel multiple {request.channel_multiple} and min_channels {request.min_channels}"

@@ -100,7 +100,9 @@ def _traced_outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tenso
     outputs = [tensor for tensor in forward_outputs(module, inputs) if tensor.grad_fn is not None]
     if not outputs:
         raise ValueError("no output depends on the parameters by differentiable operations")
-    return outputs
+    # The library takes a layer whose result is returned as it is for an inner one: one more operation
+    # between them makes it see the output.
+    return [tensor * 1 for tensor in outputs]
 
 
 Key = tuple[int, str, int]  # a node's id, its side, a channel
@@ -271,7 +273,7 @@ def _freeze(
     excluded: Mapping[str, str],
     paths: Mapping[nn.Module, str],
 ) -> None:
-    order = call_order(module, inputs, (_ConvNd, nn.Linear))
+    order = call_order(module, inputs, (_ConvNd, nn.Linear, nn.Embedding))
     first = {part for place, (part, direct) in enumerate(order) if place == 0 or direct}
     tied = _tied(module)
     for node in walk.nodes.values():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deploy.pruning.delta import ArchitectureDelta, apply_delta, copy_module
 from deploy.pruning.forward import ForwardError, forward_outputs
+from targets.errors import ModelError
 
 _TOLERANCE = {torch.float64: 1e-7}
 _LOOSE_TOLERANCE = 1e-3  # float32 and below, where double precision does not run
@@ -29,6 +30,22 @@ def disturbed(module: nn.Module, *, seed: int) -> nn.Module:
     return result
 
 
+def witness(module: nn.Module, inputs: tuple[Tensor, ...], *, seed: int) -> nn.Module:
+    """The module on which a delta is tried: disturbed, or as it is where that leaves the finite numbers.
+
+    Raises ModelError where the module's own outputs are not finite.
+    """
+    for candidate in (disturbed(module, seed=seed), module):
+        if all(torch.isfinite(tensor).all() for tensor in _run(candidate, inputs)):
+            return candidate
+    raise ModelError(
+        f"the outputs of {type(module).__name__} are not finite",
+        found="NaN or infinity on the example inputs",
+        expected="finite outputs",
+        fix="check the weights and the example inputs for NaN",
+    )
+
+
 def masked(module: nn.Module, delta: ArchitectureDelta) -> nn.Module:
     """A copy of the dense module in which every parameter that the delta removes is zero."""
     result = copy_module(module)
@@ -45,7 +62,7 @@ def masked(module: nn.Module, delta: ArchitectureDelta) -> nn.Module:
 def refute(module: nn.Module, delta: ArchitectureDelta, inputs: tuple[Tensor, ...]) -> str | None:
     """Why the delta is wrong for this module in evaluation mode, or None when it is proven.
 
-    `module` is one that `disturbed` made; the inputs have its dtype.
+    `module` is one that `witness` gave; the inputs have its dtype.
     """
     expected = _run(masked(module, delta), inputs)
     try:
@@ -66,12 +83,11 @@ def _run(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    if not expected.is_floating_point():
+    if not expected.is_floating_point() or not expected.numel():
         return torch.equal(found, expected)
-    finite = torch.nan_to_num(expected)
-    scale = max(1e-12, finite.abs().max().item()) if finite.numel() else 1.0
-    error = (torch.nan_to_num(found) - finite).abs().max().item() if finite.numel() else 0.0
-    return error <= _TOLERANCE.get(expected.dtype, _LOOSE_TOLERANCE) * scale
+    scale = max(1e-12, expected.abs().max().item())
+    # Written so that NaN is no agreement.
+    return (found - expected).abs().max().item() <= _TOLERANCE.get(expected.dtype, _LOOSE_TOLERANCE) * scale
 
 
 def _brief(error: BaseException) -> str:

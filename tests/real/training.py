@@ -1,10 +1,12 @@
 """Trains the small models that have no published weights, once: the weights are kept in the user's cache.
 
-The cache's key is this file, the model's file, the training data and torch's version.
+The cache's key is this file, the model's file, the training data, their augmentation and torch's version.
 """
 
 import hashlib
+import inspect
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,13 +37,14 @@ def trained(
     *,
     epochs: int,
     learning_rate: float = 4e-3,
-    augment: Augment = lambda batch: batch,
+    augment: Augment | None = None,
 ) -> Weights:
     """The module's weights after `fit`, from the cache where it was done before.
 
     `inputs` are what the model takes, after preprocessing.
     """
-    recipe = f"{epochs} {learning_rate} {torch.__version__}".encode()
+    augmentation = inspect.getsource(augment) if augment else ""
+    recipe = f"{epochs} {learning_rate} {torch.__version__} {augmentation}".encode()
     sources = [
         Path(__file__).read_bytes(),
         model_file.read_bytes(),
@@ -61,12 +64,19 @@ def trained(
 
 
 def fit(
-    module: nn.Module, inputs: Tensor, labels: Tensor, *, epochs: int, learning_rate: float, augment: Augment
+    module: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    learning_rate: float,
+    augment: Augment | None,
 ) -> None:
     """Changes the module: AdamW with a one-cycle rate over batches of 64, seeded."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's compiler, which scan starts, touches deprecated attributes
         torch.manual_seed(0)
         reset(module)
         module.train()
@@ -75,7 +85,8 @@ def fit(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total)
         for _ in range(epochs):
             for batch in torch.randperm(len(labels)).split(64):
-                loss(module(augment(inputs[batch])), labels[batch]).backward()
+                given = augment(inputs[batch]) if augment else inputs[batch]
+                loss(module(given), labels[batch]).backward()
                 nn.utils.clip_grad_norm_(module.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
