@@ -20,7 +20,7 @@ lint: $(VENV)/.dev ## What pre-commit and CI check
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 docs: $(VENV)/.dev ## Writes the generated pages of docs/ again
-	$(BIN)/python -m targets.tables docs
+	$(BIN)/python -m deploy.reference docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/*/build

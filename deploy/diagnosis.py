@@ -96,10 +96,8 @@ def diagnose(*, deep: bool = False, announce: Announce = lambda text: None) -> D
 
 def usable_cores() -> int:
     """CPU cores that this process may use: by affinity, and by the quota of its control group."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS and Windows have none
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:
         quota, period = CGROUP_QUOTA.read_text().split()
     except (OSError, ValueError):
@@ -344,7 +342,9 @@ def _cache(root: Path) -> Iterator[Finding]:
         severity="ok" if enough else "warning",
         found=f"{free / 1e9:.1f} GB free",
         expected=f"at least {LITTLE_DISK_BYTES / 1e9:g} GB",
-        fix=None if enough else "free space, deploy cache prune --all, or set EDGE_DEPLOY_CACHE to another disk",
+        fix=None
+        if enough
+        else "free space, deploy cache prune --all, or set EDGE_DEPLOY_CACHE to another disk",
     )
 
 
@@ -363,9 +363,7 @@ def _threads() -> Iterator[Finding]:
 
 
 def _telemetry() -> Iterator[Finding]:
-    yield Finding(
-        area="privacy", name=extras.DISTRIBUTION, severity="ok", found="sends nothing anywhere, ever"
-    )
+    yield Finding(area="privacy", name=extras.DISTRIBUTION, severity="ok", found="sends nothing")
     for package, (variables, fix) in TELEMETRY.items():
         if version(package) is None:
             continue

@@ -1,22 +1,22 @@
 """Weights from a file that may be foreign: nothing in it runs, and nothing it merely claims is allocated."""
 
-import io
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from deploy.claims import read_claims
 from targets.errors import ModelError, UsageError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
 SHOWN = 5
-MAX_PICKLE_BYTES = 64 << 20
+LONGEST = 200
 
 
 def load_weights(file: Path) -> dict[str, Tensor]:
@@ -47,11 +47,9 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         )
     try:
         return dict(load_file(file)) if file.suffix == ".safetensors" else _load_zip(file)
-    except ModelError:
+    except (ModelError, KeyboardInterrupt, SystemExit):
         raise
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError) as error:
-        raise _damaged(file, error) from error
-    except Exception as error:  # the unpickler's own classes of error
+    except BaseException as error:  # the parsers' own classes of error; a panic in Rust is no Exception
         raise _damaged(file, error) from error
 
 
@@ -71,16 +69,29 @@ def find_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:
 
 
 def assign(module: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> None:
-    """Loads a state dict into the module in place. Raises ModelError naming the keys that do not fit."""
-    own = module.state_dict()
+    """Loads a state dict into the module in place. Raises ModelError naming the keys that do not fit.
+
+    A tied weight may be absent under all names but one, as safetensors leaves it.
+    """
+    own = _own_tensors(module, origin)
+    state = {**_tied(own, state), **state}
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]
+    shared = [name for name in own if name in state]
     unequal = [
         f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+        for name in shared
+        if state[name].shape != own[name].shape
     ]
-    wrong = [("missing", missing), ("not in the model", unknown), ("of another shape", unequal)]
+    unlike = [
+        f"{name} {_dtype(state[name])} for {_dtype(own[name])}"
+        for name in shared
+        if _kind(state[name]) != _kind(own[name])
+    ]
+    wrong = [
+        ("missing", missing), ("not in the model", unknown),
+        ("of another shape", unequal), ("of another kind", unlike),
+    ]  # fmt: skip
     found = "; ".join(f"{what}: {_some(names)}" for what, names in wrong if names)
     if found:
         raise ModelError(
@@ -89,15 +100,79 @@ def assign(module: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> No
             expected=f"the {len(own)} tensors of the factory's module",
             fix="name the weights of this very architecture, or correct the factory",
         )
-    module.load_state_dict(dict(state))
+    try:
+        module.load_state_dict(dict(state), strict=False)
+    except Exception as error:  # a module may load its weights in its own way, and fail in any
+        raise _unloadable(origin, error) from error
     check_finite(module, origin=origin)
 
 
 def check_finite(module: nn.Module, *, origin: str) -> None:
-    """Raises ModelError when a weight is NaN or infinite."""
-    for name, value in module.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ModelError(f"{origin} holds NaN or infinity", found=f"in {name}", expected="finite weights")
+    """Raises ModelError when a weight is NaN or infinite, or holds no values."""
+    for name, value in _own_tensors(module, origin).items():
+        if value.is_meta:
+            raise ModelError(
+                f"{origin} holds no values",
+                found=f"{name} on the meta device",
+                expected="weights in memory",
+                fix="make the module on the CPU, or name its weights in [model]",
+            )
+        # Sparse and quantized tensors have no isfinite of their own.
+        plain = value.is_floating_point() and value.layout is torch.strided and not value.is_quantized
+        if plain and not bool(torch.isfinite(value).all()):
+            raise ModelError(
+                f"{origin} holds NaN or infinity",
+                found=f"in {name}",
+                expected="finite weights",
+                fix="train again with a smaller learning rate, or name a checkpoint from before it diverged",
+            )
+
+
+def _own_tensors(module: nn.Module, origin: str) -> dict[str, Tensor]:
+    """The tensors of the module's state dict; what else it may hold (extra state) is the module's own."""
+    try:
+        tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+        for value in tensors.values():
+            _ = value.shape  # a lazy parameter raises here
+    except Exception as error:  # as above: a module may give its weights in its own way
+        raise _unloadable(origin, error) from error
+    return tensors
+
+
+def _unloadable(origin: str, error: Exception) -> ModelError:
+    text = str(error).strip().splitlines()
+    return ModelError(
+        f"{origin} cannot be loaded into the model",
+        found=f"{type(error).__name__}: {text[0][:LONGEST] if text else ''}",
+        expected="a module whose state_dict and load_state_dict agree",
+        fix="run a lazy module once in the factory, or correct the module",
+    )
+
+
+def _tied(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values for names that share their memory with a name that is given."""
+    places = {_place(own[name]): name for name in state if name in own and own[name].numel()}
+    return {
+        name: state[places[_place(value)]]
+        for name, value in own.items()
+        if name not in state and value.numel() and _place(value) in places
+    }
+
+
+def _place(value: Tensor) -> tuple[object, ...]:
+    if value.is_meta or value.layout is not torch.strided:
+        return (id(value),)
+    return (value.data_ptr(), value.shape, value.stride(), value.dtype)
+
+
+def _kind(value: Tensor) -> str:
+    if value.dtype is torch.bool:
+        return "bool"
+    return "complex" if value.is_complex() else "float" if value.is_floating_point() else "integer"
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def _some(names: list[str]) -> str:
@@ -109,14 +184,14 @@ def _damaged(file: Path, error: BaseException) -> ModelError:
     text = str(error).strip().splitlines()
     return ModelError(
         f"the weights {file.name} cannot be loaded",
-        found=f"{type(error).__name__}: {text[0][:200] if text else ''}",
+        found=f"{type(error).__name__}: {text[0][:LONGEST] if text else ''}",
         expected="an undamaged safetensors file, or a checkpoint of tensors that loads with weights_only",
         fix="save it again, best as safetensors",
     )
 
 
 def _load_zip(file: Path) -> dict[str, Any]:
-    """torch.load(weights_only=True) after every storage's claim was held against its bytes."""
+    """torch.load(weights_only=True) after every claim of the file was held against its bytes."""
     if not zipfile.is_zipfile(file):
         raise ModelError(
             f"{file.name} is no checkpoint in torch's zip format",
@@ -124,49 +199,12 @@ def _load_zip(file: Path) -> dict[str, Any]:
             expected="a file of torch.save (torch 1.6 or newer), or safetensors",
             fix="load it where you trust it and save it again",
         )
-    _check_storages(file)
-    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    read_claims(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of pickle protocols that it then refuses
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(loaded, Mapping):
         raise ModelError(
             f"{file.name} holds no mapping", found=type(loaded).__name__, expected="tensors by name"
         )
     return dict(loaded)
-
-
-def _check_storages(file: Path) -> None:
-    """Reads the pickle with torch's restricted unpickler, which runs nothing, and no tensor data."""
-    from torch._weights_only_unpickler import Unpickler
-
-    with zipfile.ZipFile(file) as archive:
-        sizes = {member.filename: member.file_size for member in archive.infolist()}
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise ModelError(
-                f"{file.name} is compressed", expected="members stored as torch.save stores them"
-            )
-        index = next((name for name in sizes if name.endswith("/data.pkl")), None)
-        if index is None or sizes[index] > MAX_PICKLE_BYTES:
-            raise ModelError(
-                f"{file.name} is no checkpoint",
-                found=", ".join(list(sizes)[:SHOWN]),
-                expected="data.pkl inside",
-            )
-        pickled = archive.read(index)
-    root = index.removesuffix("data.pkl")
-
-    def storage(saved: tuple[Any, ...]) -> Any:
-        _, kind, key, _, count = saved
-        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-        claimed, real = int(count) * dtype.itemsize, sizes.get(f"{root}data/{key}")
-        if real is None or claimed > real:
-            raise ModelError(
-                f"{file.name} claims more than it holds",
-                found=f"{real} bytes",
-                expected=f"{claimed} for storage {key}",
-            )
-        return torch.storage.TypedStorage(
-            wrap_storage=torch.UntypedStorage(claimed, device="meta"), dtype=dtype, _internal=True
-        )
-
-    reader = Unpickler(io.BytesIO(pickled))
-    reader.persistent_load = storage
-    reader.load()

@@ -48,9 +48,18 @@ class Captured:
 def capture(module: nn.Module, inputs: Sequence[TensorSpec], *, output_names: Sequence[str] = ()) -> Captured:
     """Exports a module in evaluation mode and folds its batch-norms.
 
+    Raises ModelError naming the operator and the user's line that torch.export refused.
+    """
+    captured = trace(module, inputs, output_names=output_names)
+    _fold_batch_norms_(captured.graph)
+    return captured
+
+
+def trace(module: nn.Module, inputs: Sequence[TensorSpec], *, output_names: Sequence[str] = ()) -> Captured:
+    """The module as torch.export gives it, its batch-norms not yet folded.
+
     The example is made at the largest size of every dynamic dimension: ExecuTorch 1.4 plans too
     little memory for larger batches when the example is smaller.
-    Raises ModelError naming the operator and the user's line that torch.export refused.
     """
     module = module.eval()
     _check_forward(module, inputs)
@@ -62,11 +71,12 @@ def capture(module: nn.Module, inputs: Sequence[TensorSpec], *, output_names: Se
     program = _export(
         module, arguments, dynamic_shapes, fix="write the branch with torch.cond, or make it a constant"
     )
-    graph = program.module()
-    _fold_batch_norms_(graph)
-    outputs = _describe_outputs(program, ordered, output_names)
     return Captured(
-        graph=graph, arguments=arguments, dynamic_shapes=dynamic_shapes, inputs=ordered, outputs=outputs
+        graph=program.module(),
+        arguments=arguments,
+        dynamic_shapes=dynamic_shapes,
+        inputs=ordered,
+        outputs=_describe_outputs(program, ordered, output_names),
     )
 
 

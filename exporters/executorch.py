@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.fx.traceback as fx_traceback
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -48,12 +49,35 @@ class ExecuTorchExporter:
         file: Path,
     ) -> Artifact:
         """Lowers the graph to XNNPACK and writes the program. Raises ModelError where it cannot."""
+        graph = self.quantized(
+            captured, self.rewritten(captured), precision, calibration=calibration, quantization=quantization
+        )
+        delegated = self.write(captured.program(graph), precision, file)
+        return Artifact(runtime=self.runtime, file=file, precision=precision, delegated=delegated)
+
+    def rewritten(self, captured: Any) -> torch.fx.GraphModule:
+        """The float graph as it will be quantized and lowered."""
         graph = prefer_delegated_forms(captured.graph)
         _refuse_operators(graph)
-        graph = quantize(captured, graph, precision, calibration, quantization)
-        program, delegated = lower(captured.program(graph), dynamic=precision == "int8-dynamic")
-        file.write_bytes(program)
-        return Artifact(runtime=self.runtime, file=file, precision=precision, delegated=delegated)
+        return graph
+
+    def quantized(
+        self,
+        captured: Any,
+        graph: torch.fx.GraphModule,
+        precision: str,
+        *,
+        calibration: Sequence[Mapping[str, np.ndarray[Any, Any]]],
+        quantization: Quantization,
+    ) -> torch.fx.GraphModule:
+        """The rewritten graph in the wanted precision."""
+        return quantize(captured, graph, precision, calibration, quantization)
+
+    def write(self, program: torch.export.ExportedProgram, precision: str, file: Path) -> Delegated:
+        """Lowers a program in its final precision into a file."""
+        data, delegated = lower(program, dynamic=precision == "int8-dynamic")
+        file.write_bytes(data)
+        return delegated
 
     def open(
         self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
@@ -155,8 +179,11 @@ def _half(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
             self.inner = _copy(graph).half()
 
         def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
-            narrow = pytree.tree_map(_to_half, (args, kwargs))
-            return pytree.tree_map(_to_float, self.inner(*narrow[0], **narrow[1]))
+            narrow = [_to_half(value) for value in pytree.tree_leaves((args, kwargs))]
+            # Node by node, so that the traced operators keep their places in the user's model.
+            with fx_traceback.preserve_node_meta():
+                flat = torch.fx.Interpreter(self.inner).run(*narrow, enable_io_processing=False)
+            return pytree.tree_map(_to_float, self.inner.graph.process_outputs(flat))
 
     half = Half()
     half.forward = _with_signature(half.forward, graph)  # type: ignore[method-assign]

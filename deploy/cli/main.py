@@ -12,6 +12,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "build": ("deploy.cli.build:command", "Prune, quantize, export, validate and measure; ship the best."),
     "compare": ("deploy.cli.compare:command", "What changed between two builds."),
     "targets": ("deploy.cli.targets:command", "The catalogue of hardware, and the profile of this machine."),
+    "doctor": ("deploy.cli.doctor:command", "What this machine lacks, and the fix for each lack."),
+    "cache": ("deploy.cli.cache:command", "How large the cache is, what is in it; check it, empty it."),
 }
 
 
