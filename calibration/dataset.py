@@ -1,5 +1,6 @@
 """Samples for a model: raw arrays by input name, preprocessed a batch at a time."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from targets.errors import UsageError
 
 Array = np.ndarray[Any, Any]
 IDENTITY = Preprocess()
+MOST_SYNTHETIC = 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +75,17 @@ class Dataset:
 
 def check(data: Dataset) -> Dataset:
     """The dataset, when names, shapes, dtypes and values fit; UsageError for the first that does not."""
-    lengths = {name: len(array) for name, array in data.inputs.items() if array.ndim}
+    for name, array in data.inputs.items():
+        _check_axis(data, f"{name!r}", array)
+    lengths = {name: len(array) for name, array in data.inputs.items()}
     if not lengths or min(lengths.values()) == 0:
-        raise UsageError(f"{data.origin} holds no samples", expected="at least one")
+        raise UsageError(f"{data.origin} holds no samples", expected="at least one", fix="add samples")
     if len(set(lengths.values())) > 1:
         raise UsageError(
-            f"the arrays of {data.origin} differ in length", found=lengths, expected="one length"
+            f"the arrays of {data.origin} differ in length",
+            found=lengths,
+            expected="one length",
+            fix="save the same samples for every input",
         )
     for spec in data.specs:
         _check_input(data, spec)
@@ -87,21 +94,42 @@ def check(data: Dataset) -> Dataset:
     return data
 
 
+def _check_axis(data: Dataset, what: str, array: Array) -> None:
+    if not array.ndim:
+        raise UsageError(
+            f"{what} of {data.origin} is one number",
+            found="an array without dimensions",
+            expected="samples along the first dimension",
+            fix="save it with its batch dimension",
+        )
+
+
 def _check_input(data: Dataset, spec: TensorSpec) -> None:
     raw = data.inputs[spec.name]
     if raw.dtype.kind not in "fiub":
         raise UsageError(
-            f"{spec.name!r} of {data.origin} is not numeric", found=raw.dtype, expected=spec.dtype
+            f"{spec.name!r} of {data.origin} is not numeric",
+            found=raw.dtype,
+            expected=spec.dtype,
+            fix="save it as numbers",
         )
     if raw.dtype.kind == "f" and not np.isfinite(raw).all():
-        raise UsageError(f"{spec.name!r} of {data.origin} holds NaN or infinity", expected="finite numbers")
+        raise UsageError(
+            f"{spec.name!r} of {data.origin} holds NaN or infinity",
+            found=f"{int((~np.isfinite(raw)).sum())} of {raw.size} numbers",
+            expected="finite numbers",
+            fix="remove or repair those samples",
+        )
     preprocessed = spec.name in data.preprocessing and data.preprocessing[spec.name] != IDENTITY
     if not preprocessed and not _may_cast(raw.dtype, np.dtype(spec.dtype)):
         raise UsageError(
             f"{spec.name!r} of {data.origin} has the wrong dtype",
             found=raw.dtype,
             expected=f"{spec.dtype}, or one that fits into it",
+            fix=f"save it as {spec.dtype}, or correct [inputs.{spec.name}] dtype",
         )
+    if not preprocessed:
+        _check_range(data, spec, raw)
     shape = data.batch(0, 1)[spec.name].shape
     wanted = spec.shape[1:]
     fits = len(shape) == len(wanted) + 1 and all(
@@ -117,22 +145,59 @@ def _check_input(data: Dataset, spec: TensorSpec) -> None:
         )
 
 
+def _check_range(data: Dataset, spec: TensorSpec, raw: Array) -> None:
+    """A wider dtype may hold what the input's cannot: casting would wrap it, or make it infinite."""
+    target = np.dtype(spec.dtype)
+    if np.can_cast(raw.dtype, target, casting="safe"):
+        return
+    limits = np.iinfo(target) if target.kind in "iu" else np.finfo(target)
+    low, high = raw.min(), raw.max()
+    if low < limits.min or high > limits.max:
+        raise UsageError(
+            f"{spec.name!r} of {data.origin} does not fit into {spec.dtype}",
+            found=f"values from {low} to {high}",
+            expected=f"{limits.min} to {limits.max}",
+            fix=f"correct the data, or [inputs.{spec.name}] dtype",
+        )
+
+
 def _may_cast(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
     same_kind = source.kind == target.kind or (source.kind in "iu" and target.kind in "iu")
     return np.can_cast(source, target, casting="safe") or same_kind
 
 
 def _check_labels(data: Dataset, labels: Array, length: int) -> None:
+    if labels.dtype.kind not in "fiub":
+        raise UsageError(
+            f"the labels of {data.origin} are not numeric",
+            found=labels.dtype,
+            expected="numbers, for classes their indices",
+            fix="map names to indices before saving",
+        )
+    _check_axis(data, "'label'", labels)
     if len(labels) != length:
         raise UsageError(
-            f"the labels of {data.origin} differ in length", found=len(labels), expected=f"{length}"
+            f"the labels of {data.origin} differ in length",
+            found=len(labels),
+            expected=f"{length}",
+            fix="save one label a sample",
         )
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        raise UsageError(f"the labels of {data.origin} hold NaN or infinity", expected="finite numbers")
+        raise UsageError(
+            f"the labels of {data.origin} hold NaN or infinity", expected="finite numbers", fix="repair them"
+        )
 
 
 def synthetic(specs: Sequence[TensorSpec], *, samples: int, seed: int) -> Dataset:
     """Made-up samples, fit for timing and never for quality: normal floats, zeros and ones for the rest."""
+    entries = samples * sum(math.prod(spec.sizes()[1:]) for spec in specs)
+    if entries > MOST_SYNTHETIC:
+        raise UsageError(
+            "synthetic data would be too large",
+            found=f"{samples} samples, {entries} numbers",
+            expected=f"at most {MOST_SYNTHETIC} numbers",
+            fix="lower samples",
+        )
     generator = np.random.default_rng(seed)
     inputs: dict[str, Array] = {}
     for spec in specs:

@@ -5,8 +5,9 @@ Sizes are read from the files' headers and checked before anything is allocated.
 
 import hashlib
 import json
+import math
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ LABEL = "label"
 MAX_BYTES = 64 * 2**30
 MAX_EXPANSION = 2000
 CHUNK = 1 << 20
+LONGEST = 200
 
 
 def load(
@@ -36,6 +38,8 @@ def load(
 ) -> Dataset:
     """The samples that a `source` of deploy.toml names, checked against the inputs.
 
+    Of batches from a user's function the first `samples` are taken, so that it may go on for ever; of
+    anything else a seeded choice.
     `user_function` loads "file.py:name" references. Raises UsageError for what is missing or does not fit.
     """
     if source == SYNTHETIC:
@@ -43,7 +47,7 @@ def load(
     if ".py:" in source:
         if user_function is None:
             raise UsageError(f"{source} is a Python reference, which is not allowed here")
-        arrays = _from_batches(user_function(source), source)
+        arrays = _from_batches(user_function(source), source, samples)
     else:
         arrays = _read(folder / source, source)
     return from_arrays(arrays, specs, origin=source, preprocessing=preprocessing).sample(samples, seed)
@@ -63,6 +67,7 @@ def from_arrays(
             f"{origin} lacks {', '.join(repr(name) for name in missing)}",
             found=f"arrays {', '.join(sorted(arrays)) or 'none'}",
             expected="one array for each input, named after it",
+            fix="rename the arrays, or the tables [inputs.NAME]",
         )
     return check(
         Dataset(
@@ -100,20 +105,35 @@ def _read(path: Path, source: str) -> dict[str, Array]:
 
 
 def _files(path: Path, source: str) -> list[Path]:
+    try:
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+    except OSError as error:
+        raise UsageError(
+            f"{source} cannot be read", found=error.strerror, expected="a folder of data"
+        ) from error
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in READERS)
+        files = [file for file in found if file.suffix in READERS and file.is_file()]
         if not files:
-            raise UsageError(f"{source} holds no data", expected=f"files ending in {', '.join(READERS)}")
+            raise UsageError(
+                f"{source} holds no data",
+                found="a folder",
+                expected=f"files ending in {', '.join(READERS)}",
+                fix="put the data there, or name their file",
+            )
         return files
     if not path.exists():
         raise UsageError(
-            f"{source} is missing", found=f"no file at {path}", expected="the data that deploy.toml names"
+            f"{source} is missing",
+            found=f"no file at {path}",
+            expected="the data that deploy.toml names",
+            fix="correct the source, or put the file there; paths are relative to deploy.toml",
         )
-    if path.suffix not in READERS:
+    if path.suffix not in READERS or not path.is_file():
         raise UsageError(
             f"{source} is of no known kind",
-            found=path.suffix or "no suffix",
+            found=(path.suffix or "no suffix") if path.is_file() else "no regular file",
             expected=f"{', '.join(READERS)}, a folder, file.py:function, or {SYNTHETIC!r}",
+            fix="save the arrays with numpy.savez, named after the inputs",
         )
     return [path]
 
@@ -123,17 +143,23 @@ def _read_file(file: Path) -> dict[str, Array]:
         return READERS[file.suffix](file)
     except UsageError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+    except Exception as error:  # zipfile, zlib, json, ast and numpy raise many kinds for a damaged file
+        text = str(error).strip().splitlines()
         raise UsageError(
             f"{file.name} cannot be read",
-            found=f"{type(error).__name__}: {error}",
-            expected="arrays without pickles",
+            found=f"{type(error).__name__}: {text[0][:LONGEST] if text else ''}",
+            expected="an undamaged file of arrays without pickles",
+            fix="save it again, with numpy.savez or as safetensors",
         ) from error
 
 
 def _read_npz(file: Path) -> dict[str, Array]:
     with zipfile.ZipFile(file) as archive:
-        for member in archive.infolist():
+        members = archive.infolist()
+        packed = sum(member.compress_size for member in members)
+        if packed > file.stat().st_size:
+            raise _more(file, "its members", found=file.stat().st_size, claimed=packed)
+        for member in members:
             _check_member(archive, member, file)
     with np.load(file, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
@@ -147,20 +173,32 @@ def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path)
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
         shape, _, dtype = read(stream)
-        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         header = stream.tell()
-    if dtype.hasobject or header + size != member.file_size:
-        raise UsageError(
-            f"{member.filename} of {file.name} does not hold what it claims",
-            found=f"{member.file_size - header} bytes",
-            expected=f"{size} bytes for shape {shape} of {dtype}",
-        )
+    if min((0, *shape)) < 0 or dtype.hasobject or header + size != member.file_size:
+        what = f"{member.filename} with shape {_short(shape)} of {_short(dtype)}"
+        raise _more(file, what, found=member.file_size - header, claimed=size)
     if size > MAX_BYTES or member.file_size > MAX_EXPANSION * max(member.compress_size, 1):
         raise UsageError(
             f"{member.filename} of {file.name} is too large",
-            found=f"{size} bytes",
-            expected=f"at most {MAX_BYTES}",
+            found=f"{size} bytes from {member.compress_size}",
+            expected=f"at most {MAX_BYTES}, and {MAX_EXPANSION} times what is stored",
+            fix="split it into several files in a folder",
         )
+
+
+def _more(file: Path, what: str, *, found: int, claimed: int) -> UsageError:
+    return UsageError(
+        f"{file.name} does not hold what it claims",
+        found=f"{found} bytes",
+        expected=f"{_short(claimed)} bytes for {what}",
+        fix="save it again",
+    )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _read_safetensors(file: Path) -> dict[str, Array]:
@@ -172,7 +210,8 @@ def _read_safetensors(file: Path) -> dict[str, Array]:
             raise UsageError(
                 f"{file.name} is truncated or no safetensors file",
                 found=f"a header of {length} bytes",
-                expected=f"at most {total - 8}",
+                expected=f"at most {max(total - 8, 0)}",
+                fix="save it again",
             )
         header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
@@ -194,17 +233,16 @@ def _tensor(name: str, entry: Mapping[str, Any], data: Array, file: Path) -> Arr
             expected=", ".join(SAFETENSORS_DTYPES),
         )
     start, end = entry["data_offsets"]
-    dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
-    if (
-        not 0 <= start <= end <= len(data)
-        or int(np.prod(entry["shape"], dtype=object)) * dtype.itemsize != end - start
-    ):
+    shape, dtype = entry["shape"], np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
+    sensible = all(type(size) is int and size >= 0 for size in (*shape, start, end))
+    if not sensible or not start <= end <= len(data) or math.prod(shape) * dtype.itemsize != end - start:
         raise UsageError(
             f"{name!r} of {file.name} does not hold what it claims",
-            found=entry,
-            expected="offsets within the file",
+            found=_short(entry),
+            expected=f"offsets within the file's {len(data)} bytes that fit the shape",
+            fix="save it again",
         )
-    return data[start:end].view(dtype).reshape(entry["shape"])
+    return data[start:end].view(dtype).reshape(shape)
 
 
 READERS: dict[str, Callable[[Path], dict[str, Array]]] = {
@@ -213,14 +251,51 @@ READERS: dict[str, Callable[[Path], dict[str, Array]]] = {
 }
 
 
-def _from_batches(batches: Iterable[Mapping[str, Any]], source: str) -> dict[str, Array]:
-    """Batches of arrays by name, or one mapping of arrays, joined."""
-    parts = [batches] if isinstance(batches, Mapping) else list(batches)
-    if not parts or not all(isinstance(part, Mapping) for part in parts):
+def _from_batches(batches: Any, source: str, samples: int | None) -> dict[str, Array]:
+    """Batches of arrays by name, or one mapping of arrays, joined; as many as make up `samples`."""
+    parts: list[dict[str, Array]] = []
+    count = size = 0
+    for batch in [batches] if isinstance(batches, Mapping) else batches:
+        parts.append(_batch(batch, parts[0] if parts else None, source))
+        count += min(len(array) if array.ndim else 1 for array in parts[-1].values())
+        size += sum(array.nbytes for array in parts[-1].values())
+        if size > MAX_BYTES:
+            raise UsageError(
+                f"{source} gives too much data",
+                found=f"{size} bytes and more",
+                expected=f"at most {MAX_BYTES}",
+                fix="set samples, or end the function",
+            )
+        if samples is not None and count >= samples and not isinstance(batches, Mapping):
+            break
+    if not parts:
         raise UsageError(
-            f"{source} gave no batches",
-            found=type(batches).__name__,
-            expected="mappings of arrays by input name",
+            f"{source} gave no batches", expected="mappings of arrays by input name", fix="yield at least one"
         )
-    names = parts[0].keys()
-    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in names}
+    try:
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    except ValueError as error:
+        raise UsageError(
+            f"the batches of {source} do not fit together",
+            found=str(error),
+            expected="arrays that differ in their first dimension alone",
+        ) from error
+
+
+def _batch(batch: Any, first: Mapping[str, Array] | None, source: str) -> dict[str, Array]:
+    """One batch as arrays by name, with the names of the first one."""
+    if not isinstance(batch, Mapping) or not batch or (first is not None and batch.keys() != first.keys()):
+        raise UsageError(
+            f"{source} gave something other than batches",
+            found=_short(list(batch)) if isinstance(batch, Mapping) else type(batch).__name__,
+            expected=f"mappings of {', '.join(first)}" if first else "mappings of arrays by input name",
+            fix="yield dictionaries such as {'image': array, 'label': array}",
+        )
+    try:
+        return {str(name): np.asarray(array) for name, array in batch.items()}
+    except Exception as error:  # whatever a user's object does when it is made an array
+        raise UsageError(
+            f"{source} gave what is no array",
+            found=f"{type(error).__name__}: {_short(error)}",
+            expected="numpy arrays",
+        ) from error

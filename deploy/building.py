@@ -31,7 +31,14 @@ from deploy.pipeline import Pipeline, RungResult, accuracy_fails
 from deploy.planner import Plan
 from deploy.validation.metrics import Drop
 from exporters.base import EXPORTERS, find_exporter
-from targets.errors import BudgetError, DeployError, MissingRequirementError, ModelError, WrongOutputsError
+from targets.errors import (
+    BudgetError,
+    DeployError,
+    MissingRequirementError,
+    ModelError,
+    UsageError,
+    WrongOutputsError,
+)
 
 DEVICE_OF_KIND = {"phone": "adb", "board": "ssh:USER@HOST", "server": "ssh:USER@HOST", "browser": "browser"}
 HASH_LENGTH = 12
@@ -72,6 +79,7 @@ def run_build(plan: Plan, options: BuildOptions, announce: Announce = lambda tex
     Raises a DeployError and leaves the last good build as it was when nothing may ship.
     """
     require_buildable(plan)
+    _require_label_files(plan)
     folder = options.output_dir / plan.project.name / plan.target.name
     with publish.locked(folder, announce):
         pipeline = Pipeline(
@@ -105,6 +113,18 @@ def require_buildable(plan: Plan) -> None:
             fix="use --pattern structured",
         )
     find_exporter(plan.runtime.name)
+
+
+def _require_label_files(plan: Plan) -> None:
+    """Labels are needed last; a missing file is told first."""
+    for output, table in plan.project.tables.outputs.items():
+        if table.labels is not None and not plan.project.path(table.labels).is_file():
+            raise UsageError(
+                f"the labels {table.labels} of output {output} are missing",
+                found=f"no file at {plan.project.path(table.labels)}",
+                expected="a text file with one label a line",
+                fix=f"correct [outputs.{output}] labels, or remove it",
+            )
 
 
 def _decide(

@@ -5,6 +5,7 @@ so that a later run can say what changed.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -31,6 +32,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     stage: str
     ingredients: dict[str, Any]
     files: dict[str, str]
+    sizes: dict[str, int] = {}
     seconds: float
     created: float
 
@@ -86,7 +88,7 @@ class Cache:
     def entries(self) -> Iterator[tuple[Path, Record]]:
         """Every whole entry."""
         for folder in sorted(self.root.glob("stages/??/*")):
-            if record := self._read(folder):
+            if record := self._read(folder, touch=False):
                 yield folder, record
 
     def verify(self) -> list[Path]:
@@ -107,7 +109,7 @@ class Cache:
                 freed += folder_size(folder)
                 self.remove(folder)
         if limit is None:
-            for leftover in ("stages", "tmp", "slots", "sources"):
+            for leftover in ("stages", "tmp", "slots", "sources", "resume"):
                 freed += folder_size(self.root / leftover)
                 shutil.rmtree(self.root / leftover, ignore_errors=True)
         return freed
@@ -128,52 +130,74 @@ class Cache:
     def _make(
         self, folder: Path, name: str, ingredients: Ingredients, make: Callable[[Path], None], started: float
     ) -> None:
-        with self.scratch() as scratch, _writable(self.root):
+        with self.scratch() as scratch:
             work = scratch / "entry"
-            work.mkdir()
-            make(work)
-            record = Record(
-                stage=name,
-                ingredients=dict(ingredients),
-                files=_hashes(work),
-                seconds=time.monotonic() - started,
-                created=time.time(),
-            )
-            (work / RECORD).write_bytes(msgspec.json.encode(record))
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if folder.exists():
-                self.remove(folder)
-            with contextlib.suppress(FileExistsError, OSError):
-                os.replace(work, folder)
+            with _writable(self.root):
+                work.mkdir()
+            with _disk_told_apart(self.root):
+                make(work)
+            with _writable(self.root):
+                record = Record(
+                    stage=name,
+                    ingredients=dict(ingredients),
+                    files=_hashes(work),
+                    sizes={str(file.relative_to(work)): file.stat().st_size for file in _files(work)},
+                    seconds=time.monotonic() - started,
+                    created=time.time(),
+                )
+                (work / RECORD).write_bytes(msgspec.json.encode(record))
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                self._replace(work, folder)
+
+    def _replace(self, work: Path, folder: Path) -> None:
+        """Puts a finished entry in its place; another process's equal one may already stand there."""
+        if folder.exists():
+            self.remove(folder)
+        try:
+            os.replace(work, folder)
+        except OSError:
             if not (folder / RECORD).exists():
-                raise OSError(f"the cache entry {folder} could not be written")
+                raise
 
     def _folder(self, key: str) -> Path:
         return self.root / "stages" / key[:2] / key
 
-    def _read(self, folder: Path) -> Record | None:
+    def _read(self, folder: Path, *, touch: bool = True) -> Record | None:
         """The record of a whole entry; touches it, so that unused entries can be told."""
         file = folder / RECORD
         try:
             record = msgspec.json.decode(file.read_bytes(), type=Record)
-            os.utime(file)
-        except (OSError, msgspec.DecodeError):
+            whole = all((folder / name).is_file() for name in record.files) and all(
+                (folder / name).stat().st_size == size for name, size in record.sizes.items()
+            )
+        except (OSError, ValueError):  # a damaged record, or one of another version
             return None
-        return record if all((folder / name).is_file() for name in record.files) else None
+        if whole and touch:
+            with contextlib.suppress(OSError):
+                os.utime(file)
+        return record if whole else None
+
+    def _slot(self, slot: str) -> Path:
+        return self.root / "slots" / hashlib.sha256(os.fsencode(slot)).hexdigest()
 
     def _remember(self, slot: str, key: str) -> None:
-        file = self.root / "slots" / hashlib.sha256(slot.encode()).hexdigest()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(f".{os.getpid()}")
-        scratch.write_text(key)
-        os.replace(scratch, file)
+        file = self._slot(slot)
+        with _writable(self.root):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_suffix(f".{os.getpid()}")
+            try:
+                scratch.write_text(key)
+                os.replace(scratch, file)
+            finally:
+                scratch.unlink(missing_ok=True)
 
     def _explain(self, slot: str, ingredients: Ingredients) -> str:
         """Which ingredients differ from those of this slot's last run."""
-        file = self.root / "slots" / hashlib.sha256(slot.encode()).hexdigest()
-        if not file.is_file():
+        try:
+            key = self._slot(slot).read_text(errors="replace")
+        except OSError:
             return "it had not run yet"
-        before = self._read(self._folder(file.read_text()))
+        before = self._read(self._folder(key), touch=False)
         if before is None:
             return "its last result is no longer in the cache"
         known = msgspec.json.decode(msgspec.json.encode(dict(ingredients)))
@@ -206,13 +230,22 @@ def file_digest(file: Path) -> str:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of all files below a folder; what vanishes meanwhile counts nothing."""
+    size = 0
+    for file in _files(folder):
+        with contextlib.suppress(FileNotFoundError):
+            size += file.stat().st_size
+    return size
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != RECORD)
-    return {str(file.relative_to(folder)): file_digest(file) for file in files}
+    return {
+        str(file.relative_to(folder)): file_digest(file) for file in _files(folder) if file.name != RECORD
+    }
 
 
 def _sweep(parent: Path) -> None:
@@ -239,6 +272,36 @@ def _writable(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise disk_error(error, root) from error
+
+
+@contextlib.contextmanager
+def _disk_told_apart(root: Path) -> Iterator[None]:
+    """Tells a full disk from what a stage raises by itself: libraries wrap it in exceptions of their own."""
+    try:
+        yield
+    except MissingRequirementError:
+        raise
+    except Exception as error:
+        cause = _disk_cause(error)
+        if cause is None:
+            raise
+        raise disk_error(cause, root) from error
+
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+def _disk_cause(error: BaseException) -> OSError | None:
+    """The error of a disk behind an exception, None where there is none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in DISK_ERRORS:
+            return seen
+        for number in DISK_ERRORS:  # Rust's spelling, as safetensors hands it on
+            if f"(os error {number})" in str(seen):
+                return OSError(number, os.strerror(number))
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def disk_error(error: OSError, place: Path) -> MissingRequirementError:

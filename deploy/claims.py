@@ -23,6 +23,11 @@ MAX_PICKLE_BYTES = 64 << 20
 SHOWN = 5
 MAX_DIMENSIONS = 64
 MAX_EXPANDED_BYTES = 16 << 20  # a view may repeat its storage (expand), within reason
+ITEM_BYTES = {
+    "UntypedStorage": 1, "ByteStorage": 1, "CharStorage": 1, "BoolStorage": 1, "ShortStorage": 2,
+    "HalfStorage": 2, "BFloat16Storage": 2, "IntStorage": 4, "FloatStorage": 4, "LongStorage": 8,
+    "DoubleStorage": 8, "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16,
+}  # fmt: skip
 PLAIN = (str, int, float, bool, bytes, type(None))
 
 
@@ -109,8 +114,8 @@ class _Reader(_Unpickler):  # type: ignore[misc]
 
     def find_class(self, module: str, name: str) -> Any:
         """A stand-in for what a checkpoint needs; nothing else is ever looked up."""
-        if module in ("torch", "torch.storage") and (kind := _storage_kind(name)):
-            return kind
+        if module in ("torch", "torch.storage") and name in ITEM_BYTES:
+            return _Kind(ITEM_BYTES[name])
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) in STAND_INS:
@@ -165,12 +170,6 @@ for _opcode in (
     pickle.NEWOBJ_EX, pickle.INST, pickle.OBJ, pickle.FROZENSET, pickle.ADDITEMS, pickle.DICT,
 ):  # fmt: skip
     _Reader.dispatch[_opcode[0]] = _Reader.refuse
-
-
-def _storage_kind(name: str) -> _Kind | None:
-    if not name.endswith("Storage") or not hasattr(torch, name):
-        return None
-    return _Kind(1 if name == "UntypedStorage" else getattr(torch, name).dtype.itemsize)
 
 
 def _tensor(

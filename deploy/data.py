@@ -48,7 +48,7 @@ class ProjectData:
                 f"too few calibration samples in {table.source}",
                 found=len(data),
                 expected=f"at least {FEW_SAMPLES}; 100 to 500 are usual",
-                fix="add samples, or raise [calibration] samples",
+                fix="add samples, or raise [calibration] samples where that is what limits them",
             )
         return data
 
@@ -83,7 +83,7 @@ class ProjectData:
             made = usercode.call(function, reference=reference, folder=folder, error=UsageError)
             if isinstance(made, dict):
                 return made
-            return list(usercode.iterate(made, reference=reference, folder=folder, error=UsageError))
+            return usercode.iterate(made, reference=reference, folder=folder, error=UsageError)
 
         return sources.load(
             table.source,

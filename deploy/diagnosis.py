@@ -138,6 +138,15 @@ def _python() -> Iterator[Finding]:
 
 def _host() -> Iterator[Finding]:
     system, machine = platform.system(), platform.machine()
+    if find_spec("fcntl") is None:
+        yield Finding(
+            area="environment",
+            name="host",
+            severity="broken",
+            found=f"{system} {machine} cannot lock a build's folder (no fcntl)",
+            fix="build on Linux, or in WSL2, which was not tried: see docs/platforms.md",
+        )
+        return
     tried = (system, machine) in TRIED_HOSTS
     yield Finding(
         area="environment",

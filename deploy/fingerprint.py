@@ -4,6 +4,7 @@ The first time a reference such as "model.py:build" is used, the project's files
 written down with their hashes; as long as they all agree, a later run need not import anything.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import msgspec
 
 from calibration import sources
 from deploy import usercode
-from deploy.cache import digest, file_digest
+from deploy.cache import digest, disk_error, file_digest
+from targets.errors import UsageError
 
 
 class CodeFingerprints:
@@ -44,13 +46,13 @@ class CodeFingerprints:
         return {name: file_digest(self._folder / name) for name in known if (self._folder / name).is_file()}
 
     def _file(self, reference: str) -> Path:
-        return self._root / hashlib.sha256(f"{self._folder.resolve()}\0{reference}".encode()).hexdigest()
+        return self._root / hashlib.sha256(os.fsencode(f"{self._folder.resolve()}\0{reference}")).hexdigest()
 
 
 def data_fingerprint(source: str, folder: Path, code: CodeFingerprints) -> str:
     """The hash of a data source: its files, or the code of the function that makes it."""
     if ".py:" in source:
-        return code.of(source, lambda: usercode.load_attribute(source, folder))
+        return code.of(source, lambda: usercode.load_attribute(source, folder, error=UsageError))
     return sources.fingerprint(source, folder)
 
 
@@ -62,7 +64,12 @@ def _read(file: Path) -> dict[str, str] | None:
 
 
 def _write(file: Path, hashes: dict[str, str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(f".{os.getpid()}")
-    scratch.write_bytes(msgspec.json.encode(hashes))
-    os.replace(scratch, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(msgspec.json.encode(hashes))
+        os.replace(scratch, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise disk_error(error, file.parent) from error

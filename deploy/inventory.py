@@ -1,6 +1,5 @@
 """What the cache holds, looked at without counting as use: sizes, ages, damage, and what may go."""
 
-import shutil
 import time
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from deploy.cache import RECORD, Cache, Record, file_digest, folder_size
 from deploy.manifest import Value
 
 DAY_S = 86400.0
-CHECKPOINTS = "resume"  # what an interrupted recovery goes on from
 
 
 class Stored(Value, frozen=True, kw_only=True):
@@ -81,7 +79,6 @@ def remove_all(cache: Cache) -> Freed:
     """Empties the cache, leftovers of dead builds and checkpoints too; the folder itself stays."""
     before = size(cache)
     cache.prune(older_than_days=None)
-    shutil.rmtree(cache.root / CHECKPOINTS, ignore_errors=True)
     return Freed(entries=before.entries, size_bytes=before.size_bytes - size(cache).size_bytes)
 
 

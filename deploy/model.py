@@ -37,6 +37,9 @@ def run_factory(source: str, folder: Path) -> nn.Module:
     module: Any = usercode.call(factory, reference=source, folder=folder, error=ModelError)
     if not isinstance(module, nn.Module):
         raise ModelError(
-            f"{source} returns no module", found=type(module).__name__, expected="a torch.nn.Module"
+            f"{source} returns no module",
+            found=type(module).__name__,
+            expected="a torch.nn.Module",
+            fix="return the module from the factory",
         )
     return module

@@ -20,7 +20,7 @@ from deploy.fingerprint import CodeFingerprints, data_fingerprint
 from deploy.manifest import Asked, LayerSensitivity, LayerWidths, RecoveryPoint, Stage
 from deploy.planner import Plan, RungPlan
 from exporters.base import Delegated, Quantization, find_exporter
-from targets.errors import DeployError, ModelError, WrongOutputsError
+from targets.errors import DeployError, ModelError, UsageError, WrongOutputsError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -388,9 +388,10 @@ class Pipeline:
 
     def _count(self, pruned: bool, folder: Path) -> None:
         from deploy.pruning.cost import count_cost
-        from exporters.capture import example, order_inputs
+        from exporters.capture import check_forward, example, order_inputs
 
         module = self.module(pruned)
+        check_forward(module, self.specs)
         ordered, _ = order_inputs(module, self.specs)
         smallest = {name: low for spec in self.specs for name, (low, _) in spec.bounds.items()}
         cost = count_cost(module, tuple(example(spec, **smallest) for spec in ordered))
@@ -429,7 +430,6 @@ class Pipeline:
         from exporters.capture import capture
 
         exporter = find_exporter(self.plan.runtime.name)
-        quantize = self.plan.project.tables.quantize
         captured = capture(
             self.module(rung.pruned), self.specs, output_names=list(self.plan.project.tables.outputs)
         )
@@ -438,9 +438,7 @@ class Pipeline:
             captured,
             precision=rung.precision,
             calibration=list(self._data.calibration.batches(self._small_batch())),
-            quantization=Quantization(
-                observer=quantize.observer, keep_float=tuple(sorted(self._float_layers(rung)))
-            ),
+            quantization=self._quantization(rung),
             file=file,
         )
         record = Exported(
@@ -470,7 +468,8 @@ class Pipeline:
     def _code_of_metric(self, reference: str) -> str:
         from deploy import usercode
 
-        return self._code.of(reference, lambda: usercode.load_attribute(reference, self.plan.project.folder))
+        folder = self.plan.project.folder
+        return self._code.of(reference, lambda: usercode.load_attribute(reference, folder, error=UsageError))
 
     def _validate(self, rung: RungResult) -> Entry:
         tables = self.plan.project.tables
@@ -502,11 +501,42 @@ class Pipeline:
                 precision=rung.plan.precision,
                 golden_folder=folder,
             )
+        if validated.wrong:
+            wrong = f"{validated.wrong}; {self._where_wrong(rung, validated)}"
+            validated = msgspec.structs.replace(validated, wrong=wrong)
         if validated.wrong and rung.plan.precision == "float32":
             raise WrongOutputsError(
                 f"{rung.plan.name}: {validated.wrong}", expected="what the module computes"
             )
         (folder / "validated.json").write_bytes(msgspec.json.encode(validated))
+
+    def _where_wrong(self, rung: RungResult, validated: "Validated") -> str:
+        """The first stage and module whose outputs differ, or why they could not be found."""
+        from deploy.validation.bisect import Case, explain
+
+        assert rung.exported is not None
+        assert validated.parity.min_snr_db is not None
+        self.announce(f"looking for what is wrong in {rung.plan.name}")
+        case = Case(
+            module=self.module(rung.plan.pruned),
+            data=self._data.parity,
+            sizes=validated.parity.batches,
+            runtime=self.plan.runtime.name,
+            precision=rung.plan.precision,
+            least_snr_db=validated.parity.min_snr_db,
+            artifact=rung.artifact,
+            inputs=rung.exported.input_order,
+            outputs=[output.name for output in rung.exported.outputs],
+            output_names=list(self.plan.project.tables.outputs),
+            calibration=list(self._data.calibration.batches(self._small_batch())),
+            quantization=self._quantization(rung.plan),
+            threads=self.threads,
+        )
+        return explain(case)
+
+    def _quantization(self, rung: RungPlan) -> Quantization:
+        observer = self.plan.project.tables.quantize.observer
+        return Quantization(observer=observer, keep_float=tuple(sorted(self._float_layers(rung))))
 
     def _session(self, rung: RungResult) -> Any:
         from deploy.validation.remote import RemoteSession

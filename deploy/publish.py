@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,26 +30,69 @@ def locked(folder: Path, announce: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        if made:
-            for empty in made:
-                with contextlib.suppress(OSError):
-                    empty.rmdir()
+        for empty in made:
+            with contextlib.suppress(OSError):
+                empty.rmdir()
         os.close(handle)
 
 
 def publish(folder: Path, files: Mapping[str, Path | bytes], manifest: bytes) -> None:
-    """Writes files by name (a path is copied), then the manifest, then removes what nobody names."""
+    """Writes files by name (a path is copied), then the manifest, then removes what nobody names.
+
+    Until all are written nothing of the last build is touched; a Ctrl-C waits while they change places.
+    """
+    for name in (*files, MANIFEST):
+        _check_place(folder, folder / name)
     try:
         _sweep(folder)
         staged = {name: _stage(folder, name, content) for name, content in files.items()}
         last = _stage(folder, MANIFEST, manifest)
-        for name in sorted(staged, key=lambda name: not _hashed(name)):
-            os.replace(staged[name], folder / name)
-        os.replace(last, folder / MANIFEST)
-    except OSError as error:
+        with _uninterrupted():
+            for name in sorted(staged, key=lambda name: not _hashed(name)):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staged[name], folder / name)
+            os.replace(last, folder / MANIFEST)
+            _remove_strangers(folder, {*files, MANIFEST})
+    except BaseException as error:
         _sweep(folder)
-        raise disk_error(error, folder) from error
-    _remove_strangers(folder, {*files, MANIFEST})
+        if isinstance(error, OSError):
+            raise disk_error(error, folder) from error
+        raise
+
+
+def _check_place(folder: Path, place: Path) -> None:
+    """A folder in the place of a file would stop a build half-way."""
+    if place.is_dir() and not place.is_symlink():
+        raise UsageError(
+            "the build cannot be published",
+            found=f"{place} is a folder",
+            expected="a file, or nothing",
+            fix="remove it, or choose another -o/--output-dir",
+        )
+    parent = place.parent
+    if parent != folder and parent.exists() and not parent.is_dir():
+        raise UsageError(
+            "the build cannot be published",
+            found=f"{parent} is a file",
+            expected="a folder, or nothing",
+            fix="remove it, or choose another -o/--output-dir",
+        )
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds a Ctrl-C back until the block is done; only the main thread gets any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _hashed(name: str) -> bool:
@@ -61,8 +106,6 @@ def _stage(folder: Path, name: str, content: Path | bytes) -> Path:
         scratch.write_bytes(content)
     else:
         shutil.copyfile(content, scratch)
-    target = folder / name
-    target.parent.mkdir(parents=True, exist_ok=True)
     with scratch.open("rb") as stream:
         os.fsync(stream.fileno())
     return scratch
@@ -70,7 +113,8 @@ def _stage(folder: Path, name: str, content: Path | bytes) -> Path:
 
 def _sweep(folder: Path) -> None:
     for leftover in folder.glob(f"{SCRATCH}*"):
-        leftover.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            leftover.unlink()
 
 
 def _remove_strangers(folder: Path, named: set[str]) -> None:
@@ -85,26 +129,33 @@ def _remove_strangers(folder: Path, named: set[str]) -> None:
 def _make(folder: Path) -> list[Path]:
     """Makes the folder; returns what was made, innermost first."""
     missing = []
-    for path in (folder, *folder.parents):
-        if path.exists():
-            if not path.is_dir():
-                raise UsageError(
-                    "the output folder cannot be made", found=f"{path} is a file", expected="a folder",
-                    fix="choose another -o/--output-dir",
-                )  # fmt: skip
-            break
-        missing.append(path)
     try:
+        for path in (folder, *folder.parents):
+            if os.path.lexists(path):
+                _check_folder(path)
+                break
+            missing.append(path)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, folder) from error
     if not os.access(folder, os.W_OK):
         raise MissingRequirementError(
             f"cannot write to {folder}",
-            expected="a folder that may be written to",
+            found="a folder that may not be written to",
+            expected="one that may",
             fix="choose another -o/--output-dir",
         )
     return missing
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise UsageError(
+            "the output folder cannot be made",
+            found=f"{path} is {'a broken link' if path.is_symlink() else 'a file'}",
+            expected="a folder",
+            fix="choose another -o/--output-dir",
+        )
 
 
 def _acquire(folder: Path, announce: Callable[[str], None]) -> int:
@@ -112,8 +163,11 @@ def _acquire(folder: Path, announce: Callable[[str], None]) -> int:
 
     told = False
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise disk_error(error, folder) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -123,6 +177,9 @@ def _acquire(folder: Path, announce: Callable[[str], None]) -> int:
                 told = True
             time.sleep(WAIT_S)
             continue
+        except OSError as error:  # a file system without locks
+            os.close(handle)
+            raise disk_error(error, folder) from error
         if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
             return handle
         os.close(handle)

@@ -40,8 +40,9 @@ def exit_code_reference() -> str:
     ]
     table = "".join(f"| {code} | {kind} | {meaning} |\n" for code, kind, meaning in rows)
     return (
-        f"{HEADER}\n\n# Exit codes\n\nAn error is one message on stderr that says what failed, what was found, "
-        "what was expected and what to do; with `--json` it is on stdout, and `kind` is the second column.\n\n"
+        f"{HEADER}\n\n# Exit codes\n\nAn error is one message on stderr that says what failed, what was "
+        "found, what was expected and what to do; with `--json` it is on stdout, and `kind` is the second "
+        "column.\n\n"
         f"| code | kind | meaning |\n| --- | --- | --- |\n{table}"
     )
 

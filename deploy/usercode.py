@@ -5,9 +5,10 @@ them, and only there, a name is looked for beside them first. Nothing is put on 
 """
 
 import builtins
+import contextlib
 import hashlib
-import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,17 +21,29 @@ from typing import Any
 from targets.errors import DeployError, ModelError, UsageError, nearest
 
 PREFIX = "_edge_deploy_user_"
+LONGEST = 300
+
+_LOADED: dict[str, tuple[int, int] | None] = {}
+"""When each private module's file was last changed, as of its import."""
 
 
 def load_attribute(reference: str, folder: Path, *, error: type[DeployError] = ModelError) -> Any:
     """What "file.py:name" names. Raises `error` when the file raises, UsageError when it lacks the name."""
-    file_name, _, attribute = reference.partition(":")
+    file_name, _, attribute = reference.rpartition(":")
     file = folder / file_name
     if not attribute or file.suffix != ".py":
-        raise UsageError("a Python reference does not fit", found=repr(reference), expected='"file.py:name"')
+        raise UsageError(
+            "a Python reference does not fit",
+            found=repr(reference),
+            expected='"file.py:name"',
+            fix="name the function after a colon",
+        )
     if not file.is_file():
         raise UsageError(
-            f"{file_name} is missing", found=f"no file at {file}", expected=f"the file of {reference!r}"
+            f"{file_name} is missing",
+            found=f"no file at {file}",
+            expected=f"the file of {reference!r}",
+            fix="correct the reference, or put the file there; paths are relative to deploy.toml",
         )
     module = _import(file, error)
     if not hasattr(module, attribute):
@@ -39,64 +52,124 @@ def load_attribute(reference: str, folder: Path, *, error: type[DeployError] = M
             f"{file_name} has no {attribute!r}",
             found=", ".join(nearest(attribute, public)) or "nothing",
             expected=f"a function called {attribute}",
+            fix=f"correct {reference!r}, or define it",
         )
     return getattr(module, attribute)
 
 
 def local_files(folder: Path) -> tuple[Path, ...]:
-    """The files of this folder that were imported so far, sorted."""
-    package = _package_name(folder)
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith(package + ".")]
-    files = {Path(module.__file__) for module in modules if getattr(module, "__file__", None)}
-    return tuple(sorted(files))
+    """The files at or below this folder that were imported so far, sorted."""
+    root = folder.resolve()
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(PREFIX)]
+    files = {Path(file).resolve() for module in modules if (file := getattr(module, "__file__", None))}
+    return tuple(sorted(file for file in files if file.is_relative_to(root)))
 
 
 def where(error: BaseException, folder: Path) -> str:
     """The user's own line that an exception came from, as "file.py, line 3", else ""."""
+    root = folder.resolve()
     frames = [
-        frame
+        (file, frame.lineno)
         for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).is_relative_to(folder)
+        if Path(frame.filename).is_file() and (file := Path(frame.filename).resolve()).is_relative_to(root)
     ]
-    return f"{Path(frames[-1].filename).relative_to(folder)}, line {frames[-1].lineno}" if frames else ""
+    if not frames:
+        return ""
+    file, line = frames[-1]
+    return f"{file.relative_to(root)}, line {line}"
 
 
 def call(function: Any, *arguments: Any, reference: str, folder: Path, error: type[DeployError]) -> Any:
-    """Calls the user's function; whatever it raises, sys.exit too, becomes `error` with the user's line."""
+    """Calls the user's function; whatever it raises, sys.exit too, becomes `error` with the user's line.
+
+    What it prints goes to stderr: stdout is the command's own.
+    """
     try:
-        return function(*arguments)
-    except DeployError:
+        with contextlib.redirect_stdout(sys.stderr):
+            return function(*arguments)
+    except (DeployError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as raised:
+    except BaseException as raised:  # sys.exit is no Exception
         raise _raised(reference, raised, folder, error) from raised
 
 
 def _raised(what: str, raised: BaseException, folder: Path, error: type[DeployError]) -> DeployError:
     line = where(raised, folder)
     place = f" at {line}" if line else ""
-    text = str(raised).strip().splitlines()
-    detail = f": {text[0]}" if text else ""
+    if isinstance(raised, SystemExit):
+        return error(
+            f"{what} called sys.exit{place}",
+            found=f"SystemExit: {raised.code}",
+            expected="a function that returns or raises",
+            fix='keep what only a script does under if __name__ == "__main__"',
+        )
     return error(
         f"{what} raised{place}",
-        found=f"{type(raised).__name__}{detail}",
+        found=_summary(raised),
+        expected="a function that returns",
         fix="run the file on its own to see the whole traceback",
     )
 
 
-def _import(file: Path, error: type[DeployError]) -> ModuleType:
-    folder = file.parent
-    name = f"{_package(folder)}.{file.stem}"
+def _summary(raised: BaseException) -> str:
+    """The exception's class and the first line of its text; a text that cannot be made is left out."""
     try:
-        return importlib.import_module(name)
-    except DeployError:
+        text = str(raised).strip().splitlines()
+    except Exception:  # a user's exception may fail to describe itself
+        text = []
+    return f"{type(raised).__name__}{f': {text[0][:LONGEST]}' if text else ''}"
+
+
+def _import(file: Path, error: type[DeployError]) -> ModuleType:
+    name = f"{_package(file.parent)}.{file.stem}"
+    if "." in file.stem:  # the import system would look for a package
+        name = f"{_package(file.parent)}.{hashlib.sha256(os.fsencode(file.name)).hexdigest()[:12]}"
+    _forget_changed(file.parent)
+    if name in sys.modules:
+        return sys.modules[name]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return _execute(name, file)
+    except (DeployError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as raised:
+    except BaseException as raised:  # sys.exit is no Exception
+        raise _raised(f"importing {file.name}", raised, file.parent, error) from raised
+
+
+def _forget_changed(folder: Path) -> None:
+    """Drops the modules of a folder when a file of theirs was edited since, as in a notebook."""
+    prefix = _package_name(folder) + "."
+    loaded = [name for name in sys.modules if name.startswith(prefix)]
+    known = [name for name in loaded if name in _LOADED]
+    if any(_LOADED[name] != _stamp(sys.modules[name].__file__) for name in known):
+        for name in loaded:
+            del sys.modules[name]
+
+
+def _stamp(file: str | None) -> tuple[int, int] | None:
+    try:
+        status = os.stat(file or "")
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+def _execute(name: str, file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file, loader=_Loader(name, str(file)))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
         sys.modules.pop(name, None)
-        raise _raised(f"importing {file.name}", raised, folder, error) from raised
+        raise
+    return module
 
 
 def _package_name(folder: Path) -> str:
-    return PREFIX + hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    return PREFIX + hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
 
 
 def _package(folder: Path) -> str:
@@ -136,6 +209,7 @@ class _Loader(SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         root = module.__name__.partition(".")[0]
+        _LOADED[module.__name__] = _stamp(module.__file__)
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": _sibling_import(root)}
         super().exec_module(module)
 

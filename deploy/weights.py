@@ -29,6 +29,7 @@ def load_weights(file: Path) -> dict[str, Tensor]:
         raise ModelError(
             f"{file.name} holds no state dict",
             expected=f"tensors by name, or one of the keys {', '.join(STATE_KEYS)}",
+            fix="save the module's state_dict()",
         )
     return state
 
@@ -40,10 +41,14 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
             f"the weights {file.name} are missing",
             found=f"no file at {file}",
             expected="the file that deploy.toml names",
+            fix="correct [model] weights, or put the file there; paths are relative to deploy.toml",
         )
     if file.suffix not in SUFFIXES:
         raise UsageError(
-            f"{file.name} is of no known kind", found=file.suffix or "no suffix", expected=", ".join(SUFFIXES)
+            f"{file.name} is of no known kind",
+            found=file.suffix or "no suffix",
+            expected=", ".join(SUFFIXES),
+            fix="save the weights as safetensors",
         )
     try:
         return dict(load_file(file)) if file.suffix == ".safetensors" else _load_zip(file)

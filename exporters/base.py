@@ -130,7 +130,7 @@ EXPORTERS: dict[str, Entry] = {
     "executorch": Entry(
         attribute="exporters.executorch:ExecuTorchExporter",
         extra="executorch",
-        packages=("torch", "executorch", "torchao"),
+        packages=("torch", "executorch", "torchao", "safetensors", "torch_pruning"),
     ),
 }
 

@@ -1,9 +1,13 @@
 """From a module to an exported graph: torch.export with batch-norm folded, its inputs and outputs by name."""
 
+import contextlib
 import dataclasses
 import inspect
+import io
+import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ from targets.errors import ModelError, UsageError
 
 OWN_PACKAGES = ("targets", "calibration", "exporters", "deploy")
 SITE_PACKAGES = "site-packages"
+SMALL = 2
+"""An example's size of a dynamic dimension: torch.export takes 0 and 1 for constants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +62,14 @@ def capture(module: nn.Module, inputs: Sequence[TensorSpec], *, output_names: Se
 
 
 def trace(module: nn.Module, inputs: Sequence[TensorSpec], *, output_names: Sequence[str] = ()) -> Captured:
-    """The module as torch.export gives it, its batch-norms not yet folded.
-
-    The example is made at the largest size of every dynamic dimension: ExecuTorch 1.4 plans too
-    little memory for larger batches when the example is smaller.
-    """
+    """The module as torch.export gives it, its batch-norms not yet folded."""
     module = module.eval()
-    _check_forward(module, inputs)
+    check_forward(module, inputs)
     ordered, by_name = order_inputs(module, inputs)
-    tensors = {spec.name: example(spec) for spec in ordered}
+    sizes = {
+        name: min(max(low, SMALL), high) for spec in ordered for name, (low, high) in spec.bounds.items()
+    }
+    tensors = {spec.name: example(spec, **sizes) for spec in ordered}
     arguments = ((), tensors) if by_name else (tuple(tensors.values()), {})
     shapes = _dynamic_shapes(ordered)
     dynamic_shapes: Any = shapes if by_name else tuple(shapes.values())
@@ -80,13 +85,27 @@ def trace(module: nn.Module, inputs: Sequence[TensorSpec], *, output_names: Sequ
     )
 
 
-def _check_forward(module: nn.Module, inputs: Sequence[TensorSpec]) -> None:
-    """One call on the smallest example, so that a wrong shape is the user's line and not the exporter's."""
+@contextmanager
+def plain_convolutions() -> Iterator[None]:
+    """Keeps the choice of a CPU convolution library out of exported shapes.
+
+    The choice depends on whether the batch reaches 16, and tracing takes that for a bound of the model:
+    an example of 8 would limit the program to 15, one of 16 would fix it. Both switches are needed.
+    """
+    with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+        yield
+
+
+def check_forward(module: nn.Module, inputs: Sequence[TensorSpec]) -> None:
+    """One call on the smallest example, so that a wrong shape is the user's line and not the exporter's.
+
+    Raises ModelError.
+    """
     smallest = {name: low for spec in inputs for name, (low, _) in spec.bounds.items()}
     try:
         with torch.no_grad():
             _register(call_module(module, inputs, {spec.name: example(spec, **smallest) for spec in inputs}))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = user_line(error)
         raise ModelError(
             f"the model's forward raised on its example{f' at {line}' if line else ''}",
@@ -161,17 +180,25 @@ def _export(
     *,
     fix: str | None,
 ) -> ExportedProgram:
+    printed = io.StringIO()  # on a refusal torch prints the graph it had so far
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), contextlib.redirect_stderr(printed), plain_convolutions(), torch.no_grad():
             return torch.export.export(module, *arguments, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = user_line(error)
+        operators = _last_operators(printed.getvalue())
         raise ModelError(
             f"torch.export refused the model{f' at {line}' if line else ''}",
-            found=first_line(error),
+            found=f"{first_line(error)}{f' after {operators}' if operators else ''}",
             expected="a forward whose control flow and shapes do not depend on values",
             fix=fix,
         ) from error
+
+
+def _last_operators(printed: str) -> str:
+    """The operators of the last source line in a graph that torch printed, as "aten.sum, aten.item"."""
+    graph = printed.rpartition("# File: ")[2]
+    return ", ".join(dict.fromkeys(re.findall(r"torch\.ops\.(\w+\.\w+)", graph)))
 
 
 def _dynamic_shapes(inputs: Sequence[TensorSpec]) -> dict[str, Any]:
@@ -227,6 +254,7 @@ def _describe_outputs(
             "[outputs] does not fit the model",
             found=", ".join(wanted),
             expected=f"the model's outputs: {', '.join(keys) or len(values)}",
+            fix="correct the tables [outputs.NAME], in the model's order",
         )
     dimensions = _dimension_names(program, inputs)
     return tuple(

@@ -4,7 +4,6 @@ Follows ExecuTorch 1.4's documented path: PT2E quantization with XNNPACKQuantize
 to_edge_transform_and_lower with the XNNPACK partitioners.
 """
 
-import copy
 import importlib.util
 import logging
 import re
@@ -23,8 +22,10 @@ from torch.utils import _pytree as pytree
 
 from calibration.spec import TensorSpec
 from exporters.base import Artifact, Delegated, Operator, Quantization
+from exporters.capture import first_line, plain_convolutions
 from exporters.quiet import quiet
-from targets.errors import DeployError, IntegrityError, ModelError
+from exporters.rewrites import copied, prefer_delegated_forms
+from targets.errors import DeployError, IntegrityError, ModelError, UsageError
 
 REFUSED_OPERATORS = {
     "while_loop": "ExecuTorch 1.4 does not emit while_loop; unroll it, or use scan with a fixed length"
@@ -50,15 +51,21 @@ class ExecuTorchExporter:
     ) -> Artifact:
         """Lowers the graph to XNNPACK and writes the program. Raises ModelError where it cannot."""
         graph = self.quantized(
-            captured, self.rewritten(captured), precision, calibration=calibration, quantization=quantization
+            captured,
+            self.rewritten(captured, precision),
+            precision,
+            calibration=calibration,
+            quantization=quantization,
         )
         delegated = self.write(captured.program(graph), precision, file)
         return Artifact(runtime=self.runtime, file=file, precision=precision, delegated=delegated)
 
-    def rewritten(self, captured: Any) -> torch.fx.GraphModule:
-        """The float graph as it will be quantized and lowered."""
-        graph = prefer_delegated_forms(captured.graph)
-        _refuse_operators(graph)
+    def rewritten(self, captured: Any, precision: str) -> torch.fx.GraphModule:
+        """The float graph as it will be quantized to a precision and lowered."""
+        _refuse_operators(captured.graph)
+        dynamic = _dynamic_dimensions(captured.inputs)
+        graph = prefer_delegated_forms(captured.graph, safe_means=precision == "int8" and bool(dynamic))
+        _refuse_dynamic_loops(graph, dynamic)
         return graph
 
     def quantized(
@@ -100,74 +107,67 @@ def quantize(
         return _half(graph)
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    with quiet():
-        prepared = prepare_pt2e(_copy(graph), _quantizer(precision, quantization))
-        with torch.no_grad():
+    try:
+        with quiet(), torch.no_grad():
+            prepared = prepare_pt2e(copied(graph), _quantizer(precision, quantization))
             for batch in calibration:
-                positional, by_name = _arguments(captured, batch)
-                prepared(*positional, **by_name)
-        converted: torch.fx.GraphModule = convert_pt2e(prepared)
+                _calibrate(captured, prepared, batch)
+            converted: torch.fx.GraphModule = convert_pt2e(prepared)
+    except DeployError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be quantized to {precision}",
+            found=first_line(error),
+            fix="exclude the layer with [quantize] exclude, or use --precision float32",
+        ) from error
     return converted
+
+
+def _calibrate(
+    captured: Any, prepared: torch.fx.GraphModule, batch: Mapping[str, np.ndarray[Any, Any]]
+) -> None:
+    """One batch through the observers. Raises UsageError when the model itself cannot take it."""
+    positional, by_name = _arguments(captured, batch)
+    try:
+        prepared(*positional, **by_name)
+    except (RuntimeError, IndexError, ValueError):
+        try:
+            captured.graph(*positional, **by_name)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise UsageError(
+                "the model raised on the calibration data",
+                found=first_line(error),
+                expected="data that the model takes",
+                fix="correct [calibration], or its [inputs] and preprocess",
+            ) from error
+        raise
 
 
 def lower(program: torch.export.ExportedProgram, *, dynamic: bool) -> tuple[bytes, Delegated]:
     """The program's bytes and what XNNPACK took of it."""
-    from executorch.backends.xnnpack.partition import xnnpack_partitioner as partitioners
-    from executorch.exir import to_edge_transform_and_lower
+    with quiet():
+        from executorch.backends.xnnpack.partition import xnnpack_partitioner as partitioners
+        from executorch.exir import to_edge_transform_and_lower
 
     chosen = [partitioners.XnnpackPartitioner()]
     if dynamic:
         chosen.insert(0, partitioners.XnnpackDynamicallyQuantizedPartitioner())
     reasons: dict[str, str] = {}
     try:
-        with quiet(), _refusals(reasons):
+        with quiet(), plain_convolutions(), _refusals(reasons):
             edge = to_edge_transform_and_lower(program, partitioner=chosen)
             delegated = _delegation(edge.exported_program().graph_module, reasons)
             data = bytes(edge.to_executorch().buffer)
     except DeployError:
         raise
     except Exception as error:
-        text = str(error).strip().splitlines()
         raise ModelError(
             "ExecuTorch cannot lower the model",
-            found=f"{type(error).__name__}: {text[0] if text else ''}",
+            found=first_line(error),
             fix="exclude the operator it names, or choose another precision with --precision float32",
         ) from error
     return data, delegated
-
-
-def prefer_delegated_forms(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The same function, written in the forms that XNNPACK takes.
-
-    A mean over height and width without keepdim stays out of the delegate; with keepdim and a
-    reshape behind it, it goes in.
-    """
-    graph = _copy(graph)
-    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mean.dim):
-        _keep_dimensions_(graph, node)
-    graph.graph.lint()
-    graph.recompile()
-    return graph
-
-
-def _keep_dimensions_(graph: torch.fx.GraphModule, node: torch.fx.Node) -> None:
-    value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else None
-    keeps = len(node.args) > 2 and bool(node.args[2])
-    if value is None or value.dim() != 4 or keeps:
-        return
-    if sorted(axis % 4 for axis in node.args[1]) != [2, 3]:  # type: ignore[union-attr, arg-type, operator]
-        return
-    with graph.graph.inserting_after(node):
-        flat = graph.graph.call_function(torch.ops.aten.flatten.using_ints, (node, 1))
-    flat.meta = dict(node.meta)
-    node.replace_all_uses_with(flat, delete_user_cb=lambda user: user is not flat)
-    node.args = (node.args[0], [2, 3], True)
-    node.meta = {**node.meta, "val": node.meta["val"][:, :, None, None]}
-
-
-def _copy(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    with quiet():
-        return copy.deepcopy(graph)
 
 
 def _half(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -176,7 +176,7 @@ def _half(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     class Half(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = _copy(graph).half()
+            self.inner = copied(graph).half()
 
         def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
             narrow = [_to_half(value) for value in pytree.tree_leaves((args, kwargs))]
@@ -258,6 +258,24 @@ def _refuse_operators(graph: torch.fx.GraphModule) -> None:
                     expected="operators that ExecuTorch emits",
                     fix=REFUSED_OPERATORS[name],
                 )
+
+
+def _dynamic_dimensions(inputs: Sequence[TensorSpec]) -> list[str]:
+    return [name for spec in inputs for name, (low, high) in spec.bounds.items() if low != high]
+
+
+def _refuse_dynamic_loops(graph: torch.fx.GraphModule, dynamic: Sequence[str]) -> None:
+    """A loop that was too long to write out answers other batches wrongly, in silence."""
+    loops = [
+        node for node in graph.graph.nodes if getattr(node.target, "__name__", "") in ("scan", "map_impl")
+    ]
+    if dynamic and loops:
+        raise ModelError(
+            f"a {loops[0].target.__name__} of many steps cannot have dynamic dimensions",
+            found=f"in {module_path(loops[0]) or 'the model itself'}, with dynamic {', '.join(dynamic)}",
+            expected="fixed sizes: ExecuTorch 1.4 answers other sizes wrongly",
+            fix="give the dimension a number in [inputs], or min = max",
+        )
 
 
 def _delegation(graph: torch.fx.GraphModule, reasons: Mapping[str, str]) -> Delegated:

@@ -2,6 +2,9 @@
 
 from typing import ClassVar
 
+COMMANDS = ("pip ", "deploy ", "make ", "adb ", "sudo ")
+"""A fix that starts so is to be typed: it keeps its small letter."""
+
 
 class DeployError(Exception):
     """What failed, the value found, what was expected, and what to do next.
@@ -33,7 +36,8 @@ class DeployError(Exception):
         text = "; ".join(parts) + "."
         if not self.fix:
             return text
-        fix = self.fix[0].upper() + self.fix[1:]
+        is_command = self.fix.startswith(COMMANDS)
+        fix = self.fix if is_command else self.fix[0].upper() + self.fix[1:]
         return f"{text} {fix}" if fix[-1] in ".?!" else f"{text} {fix}."
 
 

@@ -63,7 +63,7 @@ def verify(repair: bool, as_json: bool) -> None:
             f"the cache {cache.root} is damaged",
             found="; ".join(f"{entry.stage or 'entry'} {entry.key}: {entry.damage}" for entry in entries),
             expected="files with the hashes of their record",
-            fix="deploy cache verify --repair",
+            fix="run deploy cache verify --repair: they are made again when needed",
         )
     if repair:
         inventory.remove(cache, entries)

@@ -10,6 +10,7 @@ import click
 COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("deploy.cli.plan:command", "What a build would do for a target, and why."),
     "build": ("deploy.cli.build:command", "Prune, quantize, export, validate and measure; ship the best."),
+    "prune": ("deploy.cli.prune:command", "A training checkpoint comes back smaller, ready to train on."),
     "compare": ("deploy.cli.compare:command", "What changed between two builds."),
     "targets": ("deploy.cli.targets:command", "The catalogue of hardware, and the profile of this machine."),
     "doctor": ("deploy.cli.doctor:command", "What this machine lacks, and the fix for each lack."),
@@ -71,12 +72,22 @@ def run(arguments: list[str]) -> int:
     """Runs the command and returns its exit code; a bug keeps its traceback."""
     try:
         code: Any = cli.main(args=arguments, prog_name="deploy", standalone_mode=False)
-    except click.UsageError as error:
+    except click.ClickException as error:
         return _fail("usage", error.format_message(), 2, arguments)
     except click.exceptions.Exit as error:
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", "Interrupted; run the same command again to go on.", 130, arguments)
+    except click.Abort as error:
+        if isinstance(error.__cause__, EOFError):  # click takes any EOFError for the end of the input
+            raise error.__cause__ from None
+        return _interrupted(arguments)
+    except KeyboardInterrupt:
+        return _interrupted(arguments)
+    except SystemExit as error:
+        what = f"The model's or the project's code called sys.exit; found SystemExit: {error.code}."
+        return _fail("model", f"{what} Remove that call, or keep it out of forward.", 4, arguments)
+    except MemoryError as error:
+        what = f"The memory is used up{f': {error}' if str(error) else ''}."
+        return _fail("environment", f"{what} Use smaller data or a smaller dynamic.NAME.max.", 3, arguments)
     except Exception as error:
         from targets.errors import DeployError
 
@@ -84,6 +95,11 @@ def run(arguments: list[str]) -> int:
             raise
         return _fail(error.kind, error.message, error.exit_code, arguments)
     return code if isinstance(code, int) else 0
+
+
+def _interrupted(arguments: list[str]) -> int:
+    message = "Interrupted; the last good build is as it was. Run the same command again to go on from here."
+    return _fail("interrupted", message, 130, arguments)
 
 
 def _fail(kind: str, message: str, exit_code: int, arguments: list[str]) -> int:

@@ -1,12 +1,16 @@
 """What a model costs: parameters and multiply-accumulates of one sample."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deploy.pruning.forward import evaluation, forward_outputs
+from deploy.pruning.forward import ForwardError, evaluation, forward_outputs
+from exporters.capture import user_line
+from exporters.quiet import quiet
+from exporters.rewrites import unroll_loops_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +36,17 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def count_macs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, dict[str, int]]:
-    """Multiply-accumulates of one sample: in all, and by the path of the module that did them."""
-    counter = FlopCounterMode(display=False)
-    with evaluation(module), torch.no_grad(), counter:
-        forward_outputs(module, inputs)
+    """Multiply-accumulates of one sample: in all, and by the path of the module that did them.
+
+    Loops that the counter cannot follow (scan, map) are written out first; then only the total is known.
+    """
+    try:
+        counter = _count(module, inputs)
+    except ForwardError:
+        _forget_compiled()
+        counter = _count(_written_out(module, inputs), inputs)
+    finally:
+        _forget_compiled()
     batch = max(1, inputs[0].shape[0]) if inputs and inputs[0].dim() else 1
     root = type(module).__name__
     by_path = {
@@ -43,6 +54,31 @@ def count_macs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, dict
         for name, counts in counter.get_flop_counts().items()
     }
     return _per_sample(counter.get_total_flops(), batch), by_path
+
+
+def _count(module: nn.Module, inputs: tuple[Tensor, ...]) -> FlopCounterMode:
+    counter = FlopCounterMode(display=False)
+    with evaluation(module), torch.no_grad(), counter:
+        forward_outputs(module, inputs)
+    return counter
+
+
+def _written_out(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """The exported graph with its loops unrolled; ForwardError when the model cannot be exported."""
+    try:
+        with evaluation(module), quiet(), torch.no_grad():
+            graph = torch.export.export(module, inputs, strict=False).module()
+    except Exception as error:
+        raise ForwardError(type(module).__name__, user_line(error), error) from error
+    unroll_loops_(graph)
+    graph.recompile()
+    return graph
+
+
+def _forget_compiled() -> None:
+    """Drops what control flow compiled under the counter: it would answer later calls wrongly."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def _per_sample(flops: int, batch: int) -> int:

@@ -63,10 +63,14 @@ def check_labels(name: str, metric: Metric, outputs: Array, labels: Array | None
             f"metric {name} needs labels",
             found=f"no array 'label' in {origin}",
             expected="one label a sample",
+            fix="save them as the array 'label', or choose a metric that needs none",
         )
     if labels.dtype.kind not in "iub":
         raise UsageError(
-            f"the labels of {origin} are no class numbers", found=labels.dtype, expected="integers"
+            f"the labels of {origin} are no class numbers",
+            found=labels.dtype,
+            expected="integers",
+            fix="save the index of each class",
         )
     if outputs.ndim < 2:
         raise UsageError(
@@ -81,6 +85,7 @@ def check_labels(name: str, metric: Metric, outputs: Array, labels: Array | None
             f"a label of {origin} is out of range",
             found=f"labels from {labels.min()} to {labels.max()}",
             expected=f"0 to {classes - 1}: the model has {classes} outputs",
+            fix="correct the labels, or name the weights of a model with these classes",
         )
 
 

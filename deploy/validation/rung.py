@@ -19,7 +19,7 @@ from deploy.project import EvaluateTable
 from deploy.validation import metrics
 from deploy.validation.metrics import CUSTOM, Drop
 from deploy.validation.remote import RemoteSession
-from exporters.capture import call_module, flatten_outputs
+from exporters.capture import call_module, first_line, flatten_outputs, user_line
 from targets.errors import ModelError, UsageError, WrongOutputsError
 
 Array = np.ndarray[Any, Any]
@@ -94,8 +94,17 @@ def module_predict(module: nn.Module, specs: Sequence[TensorSpec], outputs: Sequ
 
     def predict(inputs: Mapping[str, Array]) -> dict[str, Array]:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
-        with torch.no_grad():
-            leaves = flatten_outputs(call_module(module, specs, tensors))
+        try:
+            with torch.no_grad():
+                leaves = flatten_outputs(call_module(module, specs, tensors))
+        except (Exception, SystemExit) as error:  # it ran on its example: these very values do not fit
+            line = user_line(error)
+            raise UsageError(
+                f"the model's forward raised on the project's data{f' at {line}' if line else ''}",
+                found=first_line(error),
+                expected="data that the model takes",
+                fix="correct the data, or its [inputs] and preprocess",
+            ) from error
         return {name: leaf.numpy() for name, leaf in zip(outputs, leaves, strict=True)}
 
     return predict
@@ -106,9 +115,18 @@ def predict_all(predict: Predict, data: Dataset, *, batch: int) -> dict[str, Arr
     parts = [predict(inputs) for inputs in data.batches(batch)]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     for name, array in joined.items():
-        if array.dtype.kind == "f" and np.isnan(array).any():
-            raise ModelError(f"output {name} is NaN on {data.origin}", expected="finite outputs")
+        _refuse_nan(name, array, data.origin)
     return joined
+
+
+def _refuse_nan(name: str, array: Array, origin: str) -> None:
+    if array.dtype.kind == "f" and np.isnan(array).any():
+        raise ModelError(
+            f"output {name} is NaN on {origin}",
+            found=f"{int(np.isnan(array).sum())} of {array.size} numbers",
+            expected="finite outputs",
+            fix="look for a division by zero or a logarithm of zero in the model",
+        )
 
 
 def usable_batch(specs: Sequence[TensorSpec], wanted: int = 64) -> int:
@@ -172,6 +190,8 @@ def _parity(
         (np.concatenate([r[n] for r in references]), np.concatenate([c[n] for c in candidates]))
         for n in outputs
     ]
+    for name, (reference, _) in zip(outputs, joined, strict=True):
+        _refuse_nan(name, reference, data.origin)
     main = next((pair for pair in joined if pair[0].dtype.kind == "f"), joined[0])
     moves = [compare.input_sensitive(each.astype(np.float64)) for each in main] if done > 1 else [True, True]
     warning = None
@@ -280,10 +300,17 @@ def _call_metric(predict: Predict, data: Dataset, judge: Judge) -> float:
         number = float(value)
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"{evaluate.metric} gives no number", found=repr(value), expected="a float"
+            f"{evaluate.metric} gives no number",
+            found=repr(value),
+            expected="a float",
+            fix="return one number",
         ) from error
     if not np.isfinite(number):
-        raise UsageError(f"{evaluate.metric} gives {number}", expected="a finite number")
+        raise UsageError(
+            f"{evaluate.metric} gives {number}",
+            expected="a finite number",
+            fix="look for an empty mean in it",
+        )
     return number
 
 
