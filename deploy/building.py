@@ -159,7 +159,7 @@ def _decide(
 
 def _rung(plan: Plan, pipeline: Pipeline, result: RungResult, options: BuildOptions) -> Rung:
     validated, exported = result.validated, result.exported
-    dense = pipeline.cost(False)
+    dense, cost = pipeline.cost(False), pipeline.cost(result.plan.pruned)
     delegated = exported.delegated if exported else None
     dropped = result.dropped
     if options.require_delegated and delegated and delegated.left and dropped is None:
@@ -171,9 +171,9 @@ def _rung(plan: Plan, pipeline: Pipeline, result: RungResult, options: BuildOpti
         name=result.plan.name,
         pattern=plan.pattern if result.plan.pruned else "dense",
         precision=result.plan.precision,
-        sparsity=round(1 - result.cost.macs / dense.macs, 4) if result.plan.pruned and dense.macs else 0.0,
-        parameters=result.cost.parameters,
-        macs=result.cost.macs,
+        sparsity=round(1 - cost.macs / dense.macs, 4) if result.plan.pruned and dense.macs else 0.0,
+        parameters=cost.parameters,
+        macs=cost.macs,
         size_bytes=exported.size_bytes if exported else None,
         accuracy=_accuracy(plan, validated.drop if validated else None),
         parity=validated.parity if validated else None,
@@ -355,7 +355,7 @@ def _manifest(
         licences=[],
         environment=environment(),
         provenance=_provenance(plan, pipeline, options),
-        warnings=_warnings(plan, shipped, rung),
+        warnings=_warnings(plan, pipeline, shipped, rung),
     )
 
 
@@ -387,8 +387,8 @@ def _input(plan: Plan, spec: object) -> Input:
     )
 
 
-def _warnings(plan: Plan, shipped: RungResult, rung: Rung) -> list[str]:
-    warnings = list(plan.notes)
+def _warnings(plan: Plan, pipeline: Pipeline, shipped: RungResult, rung: Rung) -> list[str]:
+    warnings = [*plan.notes, *([pipeline.unprunable] if pipeline.unprunable else [])]
     if shipped.validated and shipped.validated.warning:
         warnings.append(shipped.validated.warning)
     if rung.accuracy.value is None and rung.precision != "float32":

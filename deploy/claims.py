@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -105,12 +105,17 @@ _Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]  # typeshed la
 class _Reader(_Unpickler):  # type: ignore[misc]
     """The pure Python unpickler: the C one allocates memo and bytearrays by what the pickle claims."""
 
-    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_Unpickler.dispatch)
-
     def __init__(self, pickled: bytes, storages: Mapping[str, int], name: str) -> None:
         super().__init__(io.BytesIO(pickled))
         self._storages = storages
         self._name = name
+        self.dispatch: dict[int, Callable[..., None]] = {
+            **_Unpickler.dispatch,
+            **{opcode[0]: _Reader.refuse for opcode in REFUSED_OPCODES},
+            pickle.SETITEM[0]: _Reader.load_setitem,
+            pickle.SETITEMS[0]: _Reader.load_setitems,
+            pickle.BUILD[0]: _Reader.load_build,
+        }
 
     def find_class(self, module: str, name: str) -> Any:
         """A stand-in for what a checkpoint needs; nothing else is ever looked up."""
@@ -162,14 +167,10 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         raise pickle.UnpicklingError("an opcode that torch.save does not write")
 
 
-_Reader.dispatch[pickle.SETITEM[0]] = _Reader.load_setitem
-_Reader.dispatch[pickle.SETITEMS[0]] = _Reader.load_setitems
-_Reader.dispatch[pickle.BUILD[0]] = _Reader.load_build
-for _opcode in (
+REFUSED_OPCODES = (
     pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEWOBJ,
     pickle.NEWOBJ_EX, pickle.INST, pickle.OBJ, pickle.FROZENSET, pickle.ADDITEMS, pickle.DICT,
-):  # fmt: skip
-    _Reader.dispatch[_opcode[0]] = _Reader.refuse
+)  # fmt: skip
 
 
 def _tensor(

@@ -76,7 +76,6 @@ class RungResult:
     """A rung that was made and judged; `dropped` says why it cannot ship."""
 
     plan: RungPlan
-    cost: Cost
     exported: Exported | None = None
     folder: Path | None = None
     validated: "Validated | None" = None
@@ -102,6 +101,8 @@ class Pipeline:
     refresh: bool = False
     announce: Announce = lambda text: None
     stages: list[Stage] = field(default_factory=list)
+    unprunable: str | None = field(default=None, init=False)
+    """Why nothing was pruned although the plan had it; None where that did not happen."""
     _data: ProjectData = field(init=False)
     _code: CodeFingerprints = field(init=False)
     _modules: dict[str, "nn.Module"] = field(default_factory=dict, init=False)
@@ -149,13 +150,15 @@ class Pipeline:
         return self._modules[key]
 
     def pruned(self) -> Pruned | None:
-        """What pruning did, None when the plan prunes nothing."""
-        if self.plan.pruning is None:
+        """What pruning did, None when nothing was pruned."""
+        if self.plan.pruning is None or self.unprunable:
             return None
         return msgspec.json.decode((self._prune().folder / "pruned.json").read_bytes(), type=Pruned)
 
     def recovery(self) -> list[RecoveryPoint]:
         """The recovery's curve, empty when there was none."""
+        if self.unprunable:
+            return []
         entry = self._recover()
         if entry is None:
             return []
@@ -163,10 +166,17 @@ class Pipeline:
 
     def rungs(self) -> list[RungResult]:
         """Every rung of the plan: made, validated and timed. Raises for a wrong float32 export."""
-        made = [self._make(rung) for rung in self.plan.rungs]
+        made = [self._make(rung) for rung in self._planned()]
         made += [self._make(replace(rung.plan, mixed=True)) for rung in made if self._wants_mixed(rung)]
         timings = self._time([rung for rung in made if rung.dropped is None])
         return [_with_timing(rung, timings) for rung in made]
+
+    def _planned(self) -> tuple[RungPlan, ...]:
+        """The plan's rungs; without the pruned ones where the model has nothing to prune."""
+        dense = tuple(rung for rung in self.plan.rungs if not rung.pruned)
+        if len(dense) == len(self.plan.rungs) or not self._cannot_prune():
+            return self.plan.rungs
+        return dense or tuple(replace(rung, pruned=False) for rung in self.plan.rungs)
 
     def _wants_mixed(self, rung: RungResult) -> bool:
         """Whether accuracy asks for some layers to stay float."""
@@ -279,6 +289,17 @@ class Pipeline:
     def _refreshes(self, name: str) -> bool:
         """With --no-cache each stage runs once more, then its new result serves the rest of the run."""
         return self.refresh and all(stage.name != name for stage in self.stages)
+
+    def _cannot_prune(self) -> bool:
+        """Whether the model has nothing to prune, where nobody asked for a sparsity; else that raises."""
+        pruning = self.plan.pruning
+        if pruning is None or pruning.asked or self.unprunable:
+            return bool(self.unprunable)
+        try:
+            self._prune()
+        except (UsageError, ModelError) as error:
+            self.unprunable = f"nothing was pruned: {error.message}"
+        return bool(self.unprunable)
 
     def _prune(self) -> Entry:
         pruning = self.plan.pruning
@@ -401,11 +422,11 @@ class Pipeline:
 
     def _make(self, rung: RungPlan) -> RungResult:
         """One rung exported and validated. A lossy rung that fails is dropped; a float32 one raises."""
-        result = RungResult(plan=rung, cost=self.cost(rung.pruned))
+        result = RungResult(plan=rung)
         try:
             entry = self._export(rung)
             exported = msgspec.json.decode((entry.folder / "export.json").read_bytes(), type=Exported)
-            result = RungResult(plan=rung, cost=result.cost, exported=exported, folder=entry.folder)
+            result = RungResult(plan=rung, exported=exported, folder=entry.folder)
             judged = self._validate(result)
         except (ModelError, WrongOutputsError) as error:
             if rung.precision == "float32":
@@ -678,15 +699,7 @@ def _judged(result: RungResult, entry: Entry) -> RungResult:
     from deploy.validation.rung import Validated
 
     validated = msgspec.json.decode((entry.folder / "validated.json").read_bytes(), type=Validated)
-    return RungResult(
-        plan=result.plan,
-        cost=result.cost,
-        exported=result.exported,
-        folder=result.folder,
-        validated=validated,
-        golden=entry.folder,
-        dropped=validated.wrong,
-    )
+    return replace(result, validated=validated, golden=entry.folder, dropped=validated.wrong)
 
 
 def _with_timing(rung: RungResult, timings: "dict[str, Timing]") -> RungResult:

@@ -38,7 +38,7 @@ class RungPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruning:
-    """What is removed: `sparsity` of `of`, at `multiple` channels."""
+    """What is removed: `sparsity` of `of`, at `multiple` channels; `asked` when a person gave it."""
 
     method: str
     criterion: str
@@ -48,6 +48,7 @@ class Pruning:
     min_channels: int
     multiple: int
     exclude: tuple[str, ...]
+    asked: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +236,7 @@ def _choose_pruning(
         min_channels=prune.min_channels,
         multiple=support.channel_multiple,
         exclude=tuple(prune.exclude),
+        asked=prune.sparsity is not None,
     )
     return pruning, None
 

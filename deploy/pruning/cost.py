@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deploy.pruning.forward import ForwardError, evaluation, forward_outputs
-from exporters.capture import user_line
 from exporters.quiet import quiet
 from exporters.rewrites import unroll_loops_
 
@@ -41,10 +40,11 @@ def count_macs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, dict
     Loops that the counter cannot follow (scan, map) are written out first; then only the total is known.
     """
     try:
-        counter = _count(module, inputs)
-    except ForwardError:
+        with evaluation(module):
+            counter = _count(module, inputs)
+    except ForwardError as error:
         _forget_compiled()
-        counter = _count(_written_out(module, inputs), inputs)
+        counter = _count_written_out(module, inputs, error)
     finally:
         _forget_compiled()
     batch = max(1, inputs[0].shape[0]) if inputs and inputs[0].dim() else 1
@@ -58,21 +58,21 @@ def count_macs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, dict
 
 def _count(module: nn.Module, inputs: tuple[Tensor, ...]) -> FlopCounterMode:
     counter = FlopCounterMode(display=False)
-    with evaluation(module), torch.no_grad(), counter:
+    with torch.no_grad(), counter:
         forward_outputs(module, inputs)
     return counter
 
 
-def _written_out(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
-    """The exported graph with its loops unrolled; ForwardError when the model cannot be exported."""
+def _count_written_out(module: nn.Module, inputs: tuple[Tensor, ...], error: ForwardError) -> FlopCounterMode:
+    """Counts the exported graph with its loops unrolled; the first error when that does not run either."""
     try:
         with evaluation(module), quiet(), torch.no_grad():
             graph = torch.export.export(module, inputs, strict=False).module()
-    except Exception as error:
-        raise ForwardError(type(module).__name__, user_line(error), error) from error
-    unroll_loops_(graph)
-    graph.recompile()
-    return graph
+        unroll_loops_(graph)
+        graph.recompile()
+        return _count(graph, inputs)
+    except Exception:
+        raise error from error.cause
 
 
 def _forget_compiled() -> None:

@@ -53,7 +53,7 @@ def _text(console: Console, text: str, style: str = "") -> Text:
 
 def _table(console: Console, report: Report) -> Table:
     table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
-    table.add_column("Rung", overflow="fold")
+    table.add_column("Rung", no_wrap=True)
     for name in ("Size", "Accuracy", "Drop", "Latency, ms"):
         table.add_column(name, justify="right", no_wrap=True)
     for rung in report.manifest.rungs:
