@@ -20,7 +20,7 @@ from deploy.fingerprint import CodeFingerprints, data_fingerprint
 from deploy.manifest import Asked, LayerSensitivity, LayerWidths, RecoveryPoint, Stage
 from deploy.planner import Plan, RungPlan
 from exporters.base import Delegated, Quantization, find_exporter
-from targets.errors import DeployError, ModelError, UsageError, WrongOutputsError
+from targets.errors import ModelError, UsageError, WrongOutputsError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -431,7 +431,7 @@ class Pipeline:
         except (ModelError, WrongOutputsError) as error:
             if rung.precision == "float32":
                 raise
-            return _dropped(result, error)
+            return replace(result, dropped=error.message)
         return _judged(result, judged)
 
     def _export(self, rung: RungPlan) -> Entry:
@@ -683,16 +683,6 @@ def _asked(result: Any) -> list[Asked]:
         )
         for name, share in shares.items()
     ]
-
-
-def _dropped(result: RungResult, error: DeployError) -> RungResult:
-    return RungResult(
-        plan=result.plan,
-        cost=result.cost,
-        exported=result.exported,
-        folder=result.folder,
-        dropped=error.message,
-    )
 
 
 def _judged(result: RungResult, entry: Entry) -> RungResult:
