@@ -53,6 +53,11 @@ def load(
     return from_arrays(arrays, specs, origin=source, preprocessing=preprocessing).sample(samples, seed)
 
 
+def read_arrays(source: str, folder: Path) -> dict[str, Array]:
+    """Every array of a file or folder, unchecked against any input. Raises UsageError as `load` does."""
+    return _read(folder / source, source)
+
+
 def from_arrays(
     arrays: Mapping[str, Array],
     specs: Sequence[TensorSpec],

@@ -72,6 +72,16 @@ class Build:
         """What the build ships."""
         return self.report.manifest
 
+    def __repr__(self) -> str:
+        from deploy.reporting.notebook import build_text
+
+        return build_text(self.report, self.folder)
+
+    def _repr_html_(self) -> str:
+        from deploy.reporting.notebook import build_html
+
+        return build_html(self.report, self.folder)
+
 
 def run_build(plan: Plan, options: BuildOptions, announce: Announce = lambda text: None) -> Build:
     """Carries out a plan and publishes the result in `<output-dir>/<model>/<target>/`.

@@ -288,6 +288,19 @@ class Report(Value, frozen=True, kw_only=True):
     stages: list[Stage] = []
 
 
+class Measurement(Value, frozen=True, kw_only=True):
+    """measurements/*.json: a build looked at again, on one device."""
+
+    schema_version: str = SCHEMA_VERSION
+    created_at: str
+    rung: str
+    device: str
+    golden_snr_db: float
+    golden_max_abs_error: float
+    latency: Latency
+    peak_memory_bytes: int
+
+
 def encode(value: Value) -> bytes:
     """Indented JSON with a final newline."""
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"

@@ -1,11 +1,11 @@
-"""The user's model: "file.py:factory" with its weights, as a module ready to be worked on."""
+"""The user's model, "file.py:factory" with its weights or a Hugging Face folder, as a module to work on."""
 
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from deploy import usercode
+from deploy import huggingface, usercode
 from deploy.project import Project
 from deploy.weights import assign, check_finite, load_weights
 from targets.errors import ModelError, UsageError
@@ -16,6 +16,7 @@ def load_module(project: Project) -> nn.Module:
 
     Raises UsageError for what is missing, ModelError for a factory that raises or weights that do not fit.
     """
+    _check_source(project)
     module = run_factory(project.tables.model.source, project.folder)
     if project.tables.model.weights:
         file = project.path(project.tables.model.weights)
@@ -26,12 +27,15 @@ def load_module(project: Project) -> nn.Module:
 
 
 def run_factory(source: str, folder: Path) -> nn.Module:
-    """The module that a "file.py:factory" makes."""
+    """The module that a "file.py:factory" makes, or the one in a Hugging Face folder with its weights."""
+    if huggingface.is_folder(folder / source):
+        return huggingface.load_folder(folder / source)
     if ".py:" not in source:
         raise UsageError(
             "model.source does not fit",
             found=repr(source),
-            expected='a factory such as "model.py:build"',
+            expected='a factory such as "model.py:build", or a Hugging Face folder with config.json',
+            fix="correct [model] source; paths are relative to deploy.toml",
         )
     factory = usercode.load_attribute(source, folder)
     module: Any = usercode.call(factory, reference=source, folder=folder, error=ModelError)
@@ -43,3 +47,15 @@ def run_factory(source: str, folder: Path) -> nn.Module:
             fix="return the module from the factory",
         )
     return module
+
+
+def _check_source(project: Project) -> None:
+    """A Hugging Face folder holds its own weights: others beside it would leave open which count."""
+    tables = project.tables.model
+    if tables.weights and huggingface.is_folder(project.path(tables.source)):
+        raise UsageError(
+            "model.weights cannot go with a Hugging Face folder",
+            found=repr(tables.weights),
+            expected=f"the weights in {tables.source}",
+            fix="remove [model] weights",
+        )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from calibration.spec import TensorSpec
-from deploy import ladder
+from deploy import huggingface, ladder
 from deploy.cache import Cache, Entry, file_digest
 from deploy.data import ProjectData
 from deploy.environment import cpu_name, own_code, versions
@@ -20,7 +20,7 @@ from deploy.fingerprint import CodeFingerprints, data_fingerprint
 from deploy.manifest import Asked, LayerSensitivity, LayerWidths, RecoveryPoint, Stage
 from deploy.planner import Plan, RungPlan
 from exporters.base import Delegated, Quantization, find_exporter
-from targets.errors import ModelError, UsageError, WrongOutputsError
+from targets.errors import IntegrityError, ModelError, UsageError, WrongOutputsError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -126,6 +126,8 @@ class Pipeline:
     def model_fingerprint(self) -> str:
         """The hash of the model's code and weights."""
         tables = self.plan.project.tables.model
+        if huggingface.is_folder(folder := self.plan.project.path(tables.source)):
+            return huggingface.fingerprint(folder)
         parts = [self._code.of(tables.source, lambda: self.module(False))]
         if tables.weights:
             file = self.plan.project.path(tables.weights)
@@ -167,7 +169,7 @@ class Pipeline:
     def rungs(self) -> list[RungResult]:
         """Every rung of the plan: made, validated and timed. Raises for a wrong float32 export."""
         made = [self._make(rung) for rung in self._planned()]
-        made += [self._make(replace(rung.plan, mixed=True)) for rung in made if self._wants_mixed(rung)]
+        made += [self._make(replace(r.plan, mixed=True)) for r in made if self._wants_mixed(r, made)]
         timings = self._time([rung for rung in made if rung.dropped is None])
         return [_with_timing(rung, timings) for rung in made]
 
@@ -178,11 +180,17 @@ class Pipeline:
             return self.plan.rungs
         return dense or tuple(replace(rung, pruned=False) for rung in self.plan.rungs)
 
-    def _wants_mixed(self, rung: RungResult) -> bool:
-        """Whether accuracy asks for some layers to stay float."""
+    def _wants_mixed(self, rung: RungResult, made: list[RungResult]) -> bool:
+        """Whether quantization costs accuracy that some layers in float would bring back."""
         if rung.plan.precision != "int8" or len(self.plan.rungs) == 1 or rung.exported is None:
             return False
-        return rung.dropped is not None or accuracy_fails(self.plan, rung) is not None
+        floats = [r for r in made if r.plan.pruned == rung.plan.pruned and r.plan.precision == "float32"]
+        if any(accuracy_fails(self.plan, other) for other in floats):
+            return False
+        if rung.dropped is None:
+            return accuracy_fails(self.plan, rung) is not None
+        parity = rung.validated.parity if rung.validated else None
+        return parity is not None and parity.snr_db >= (parity.min_snr_db or 0.0) - MIXED_GAIN_DB
 
     def sensitivity(self, rung: RungPlan) -> list[LayerSensitivity]:
         """Each layer's own quantization noise, on calibration data; empty for rungs without integers."""
@@ -560,17 +568,24 @@ class Pipeline:
         return Quantization(observer=observer, keep_float=tuple(sorted(self._float_layers(rung))))
 
     def _session(self, rung: RungResult) -> Any:
+        """The rung's artifact, opened. Raises WrongOutputsError when its own runtime refuses it."""
         from deploy.validation.remote import RemoteSession
 
         assert rung.exported is not None
         by_name = {spec.name: spec for spec in self.specs}
-        return RemoteSession(
-            self.plan.runtime.name,
-            rung.artifact,
-            inputs=[by_name[name] for name in rung.exported.input_order],
-            outputs=[output.name for output in rung.exported.outputs],
-            threads=self.threads,
-        )
+        try:
+            return RemoteSession(
+                self.plan.runtime.name,
+                rung.artifact,
+                inputs=[by_name[name] for name in rung.exported.input_order],
+                outputs=[output.name for output in rung.exported.outputs],
+                threads=self.threads,
+            )
+        except IntegrityError as error:
+            raise WrongOutputsError(
+                f"the runtime refuses what was just made for {rung.plan.name}",
+                found=error.message.rstrip("."),
+            ) from error
 
     def _judge(self) -> "Judge":
         from deploy.validation.rung import Judge

@@ -73,6 +73,11 @@ class Plan:
         """Whether this version has the exporter."""
         return self.runtime.name in EXPORTERS
 
+    def __repr__(self) -> str:
+        from deploy.reporting.notebook import plan_text
+
+        return plan_text(self.record())
+
     def record(self) -> PlanRecord:
         """The plan as plan.json holds it."""
         return PlanRecord(

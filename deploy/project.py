@@ -228,7 +228,7 @@ def load(path: Path) -> Project:
         text = _text(file, path)
         if max((found[0].count(".") for found in DOTTED.finditer(text)), default=0) > MOST_DOTS:
             raise RecursionError  # the parser's time grows with the square of the parts
-        project = Project(file=file, tables=check(tomllib.loads(text), origin=file.name))
+        project = Project(file=file, tables=check(_with_inputs(tomllib.loads(text), file), origin=file.name))
     except RecursionError as error:
         raise UsageError(
             f"{file.name} is nested too deeply",
@@ -242,6 +242,18 @@ def load(path: Path) -> Project:
     _check_name(project)
     _check_targets(project)
     return project
+
+
+def _with_inputs(data: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The tables with the inputs that a Hugging Face folder implies, where [inputs] is left out."""
+    model = data.get("model")
+    source = model.get("source") if isinstance(model, dict) else None
+    if data.get("inputs") or not isinstance(source, str) or "\0" in source:
+        return data
+    from deploy import huggingface
+
+    folder = file.parent / source
+    return {**data, "inputs": huggingface.default_inputs(folder)} if huggingface.is_folder(folder) else data
 
 
 def _text(file: Path, named: Path) -> str:

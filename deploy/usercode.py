@@ -30,22 +30,14 @@ _LOADED: dict[str, tuple[int, int] | None] = {}
 def load_attribute(reference: str, folder: Path, *, error: type[DeployError] = ModelError) -> Any:
     """What "file.py:name" names. Raises `error` when the file raises, UsageError when it lacks the name."""
     file_name, _, attribute = reference.rpartition(":")
-    file = folder / file_name
-    if not attribute or file.suffix != ".py":
+    if not attribute or Path(file_name).suffix != ".py":
         raise UsageError(
             "a Python reference does not fit",
             found=repr(reference),
             expected='"file.py:name"',
             fix="name the function after a colon",
         )
-    if not file.is_file():
-        raise UsageError(
-            f"{file_name} is missing",
-            found=f"no file at {file}",
-            expected=f"the file of {reference!r}",
-            fix="correct the reference, or put the file there; paths are relative to deploy.toml",
-        )
-    module = _import(file, error)
+    module = load_file(file_name, folder, error=error)
     if not hasattr(module, attribute):
         public = [name for name in vars(module) if not name.startswith("_")]
         raise UsageError(
@@ -55,6 +47,19 @@ def load_attribute(reference: str, folder: Path, *, error: type[DeployError] = M
             fix=f"correct {reference!r}, or define it",
         )
     return getattr(module, attribute)
+
+
+def load_file(file_name: str, folder: Path, *, error: type[DeployError] = ModelError) -> ModuleType:
+    """A user's file as a module. Raises `error` when it raises, UsageError when it is missing."""
+    file = folder / file_name
+    if not file.is_file():
+        raise UsageError(
+            f"{file_name} is missing",
+            found=f"no file at {file}",
+            expected="a Python file of the project",
+            fix="correct the reference, or put the file there; paths are relative to deploy.toml",
+        )
+    return _import(file, error)
 
 
 def local_files(folder: Path) -> tuple[Path, ...]:

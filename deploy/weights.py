@@ -79,7 +79,7 @@ def assign(module: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> No
     A tied weight may be absent under all names but one, as safetensors leaves it.
     """
     own = _own_tensors(module, origin)
-    state = {**_tied(own, state), **state}
+    state = {**_untouched_counters(own), **_tied(own, state), **state}
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]
     shared = [name for name in own if name in state]
@@ -152,6 +152,11 @@ def _unloadable(origin: str, error: Exception) -> ModelError:
         expected="a module whose state_dict and load_state_dict agree",
         fix="run a lazy module once in the factory, or correct the module",
     )
+
+
+def _untouched_counters(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Batch-norm's batch counters, which old checkpoints lack and evaluation never reads."""
+    return {name: value for name, value in own.items() if name.endswith(".num_batches_tracked")}
 
 
 def _tied(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

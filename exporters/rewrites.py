@@ -80,10 +80,14 @@ def keep_means_outside_(graph: GraphModule) -> None:
     batch: seen as SIGSEGV and "corrupted size vs. prev_size" with batches 1, then 16.
     """
     for node in list(graph.graph.nodes):
-        if node.target is aten.mean.dim and len(node.args) > 2 and node.args[2] and _spatial(node):
+        if _is_pooling_mean(node):
             _mean_and_unsqueeze_(graph, node)
-        elif node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
-            _mean_and_unsqueeze_(graph, node)
+
+
+def _is_pooling_mean(node: FxNode) -> bool:
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return list(node.args[1]) == [1, 1]
+    return node.target is aten.mean.dim and len(node.args) > 2 and node.args[2] and _spatial(node)
 
 
 def _spatial(node: FxNode) -> bool:

@@ -94,11 +94,11 @@ def _locked(plan: "Plan", build_options: Any) -> "Plan":
 
 
 def _show_plans(plans: "list[Plan]", as_json: bool) -> int:
-    from deploy.cli.plan import describe
     from deploy.manifest import encode
+    from deploy.reporting.notebook import plan_text
 
     for plan in plans:
-        click.echo(encode(plan.record()).decode().rstrip() if as_json else describe(plan.record()))
+        click.echo(encode(plan.record()).decode().rstrip() if as_json else plan_text(plan.record()))
     return 0
 
 

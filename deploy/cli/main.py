@@ -8,8 +8,10 @@ from typing import Any
 import click
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "init": ("deploy.cli.init:command", "Looks at a model, writes a commented deploy.toml that builds."),
     "plan": ("deploy.cli.plan:command", "What a build would do for a target, and why."),
     "build": ("deploy.cli.build:command", "Prune, quantize, export, validate and measure; ship the best."),
+    "validate": ("deploy.cli.validate:command", "Files, golden pair, latency and memory of a build again."),
     "prune": ("deploy.cli.prune:command", "A training checkpoint comes back smaller, ready to train on."),
     "compare": ("deploy.cli.compare:command", "What changed between two builds."),
     "targets": ("deploy.cli.targets:command", "The catalogue of hardware, and the profile of this machine."),

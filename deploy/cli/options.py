@@ -65,23 +65,18 @@ def plans(
 ) -> "list[Plan]":
     """One plan a target; all resolve before the first is carried out."""
     from deploy import project as projects
-    from deploy.planner import make_plan
-    from targets.catalog import find
+    from deploy.verbs import plan_targets
 
-    project = projects.load(config)
-    resolved = [find(name, project_folder=project.folder) for name in targets]
     flags: dict[str, dict[str, Any]] = {
         "prune": {"sparsity": sparsity, "pattern": pattern, "method": method, "criterion": criterion},
         "quantize": {"precision": precision},
     }
-    return [
-        make_plan(
-            project.for_target(target.name, *(chip.name for chip in target.chips)).override(flags),
-            target,
-            runtime=runtime,
-            objective=objective,
-            accepted_licences=licences,
-            ladder=ladder,
-        )
-        for target in resolved
-    ]
+    return plan_targets(
+        projects.load(config),
+        targets,
+        flags,
+        runtime=runtime,
+        objective=objective,
+        licences=licences,
+        ladder=ladder,
+    )

@@ -58,13 +58,14 @@ def _table(console: Console, report: Report) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for rung in report.manifest.rungs:
         word = outcome(report, rung)
-        cells = (_MARKS.get(word, "  ") + rung.name, *_figures(rung))
+        cells = (_MARKS.get(word, "  ") + rung.name, *figures(rung))
         style = {"shipped": "bold", "dropped": "dim"}.get(word, "")
         table.add_row(*(_text(console, cell) for cell in cells), style=style)
     return table
 
 
-def _figures(rung: Rung) -> tuple[str, str, str, str]:
+def figures(rung: Rung) -> tuple[str, str, str, str]:
+    """Size, accuracy, drop and latency as people read them."""
     return units.size(rung.size_bytes), _accuracy(rung.accuracy), _drop(rung.accuracy), _latency(rung.latency)
 
 

@@ -9,6 +9,9 @@ UNMEASURED = "unmeasured"
 # Fractions of a whole: shown in percent, their differences in points.
 FRACTIONS = frozenset({"accuracy", "top1", "top5", "f1", "mean-iou"})
 
+NEGLIGIBLE = 1e-6
+"""A drop below this, in the metric's own unit, is shown as none: it is rounding."""
+
 
 def number(value: float, digits: int = 3) -> str:
     """`value` to so many significant digits, never in scientific notation."""
@@ -85,7 +88,7 @@ def drop(metric: str | None, value: float | None, unit: bool = True) -> str:
     if value is None:
         return UNMEASURED
     if metric not in FRACTIONS:
-        return number(value)
+        return number(0.0 if abs(value) < NEGLIGIBLE else value)
     return f"{fixed(100 * value, 2)}{' points' if unit else ''}"
 
 

@@ -169,7 +169,7 @@ def bisect(case: Case) -> Finding:
                 return Finding(stage=stage.name, place=place, snr_db=snr, threshold_db=stage.least_snr_db)
             passed.append((stage, snr))
             before = after
-        if _snr_db(start, before) >= case.least_snr_db and not _stands_still(start, before):
+        if not _differs(start, before, case.least_snr_db):
             raise UnclearError("repeated, the outputs agree: the runtime's answers vary")
     stage, snr = min(passed, key=lambda each: each[1])
     place = Place(module=None, note="every module stays within the stage's tolerance")
@@ -342,7 +342,7 @@ def _first_wrong_node(
         if any(twin not in one or settled[node] not in other for one, other in zip(old, new, strict=True)):
             continue
         reference, candidate = [[one[twin]] for one in old], [[other[settled[node]]] for other in new]
-        if _snr_db(reference, candidate) < least or _stands_still(reference, candidate):
+        if _differs(reference, candidate, least):
             return _place(node)
     return Place(module=None, note="the modules that both graphs hold agree")
 
@@ -408,11 +408,24 @@ def _place(node: Node) -> Place:
 def _settled(node: Node) -> Node:
     """The node itself, or its value after it was quantized: what the following operators read."""
     for user in node.users:
-        if "quantize" in _operator(user) and "dequantize" not in _operator(user):
+        if _quantizes(user):
             for reader in user.users:
                 if "dequantize" in _operator(reader):
                     return reader
     return node
+
+
+def _quantizes(node: Node) -> bool:
+    return "quantize" in _operator(node) and "dequantize" not in _operator(node)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tap:
+    """A node to look at, the operator it stands for, and what its integers call zero."""
+
+    node: Node
+    operator: Node
+    zero_point: int = 0
 
 
 class _Tapped(nn.Module):
@@ -441,16 +454,17 @@ def _first_wrong_tap(
         arguments=(tuple(captured.arguments[1].values()) or captured.arguments[0], {}),
         dynamic_shapes={"tensors": tuple(_shapes_in_order(captured))},
     )
-    tapped = by_position.program(_Tapped(graph, [tap for tap, _ in taps]))  # type: ignore[arg-type]
-    outputs, looks = len(case.outputs), len(taps)
+    tapped = by_position.program(_Tapped(graph, [tap.node for tap in taps]))  # type: ignore[arg-type]
+    outputs = len(case.outputs)
     reference = [_run(_module_of(tapped), captured, batch)[0] for batch in batches]
-    candidate = _lowered_answers(case, exporter, tapped, outputs + looks, batches)
-    for index, (_, node) in enumerate(taps, start=outputs):
-        one, other = [[r[index]] for r in reference], [[c[index]] for c in candidate]
-        if _snr_db(one, other) < case.least_snr_db or _stands_still(one, other):
-            return _place(node)
-    wanted, found = [r[:outputs] for r in reference], [c[:outputs] for c in candidate]
-    if _snr_db(wanted, found) < case.least_snr_db or _stands_still(wanted, found):
+    candidate = _lowered_answers(case, exporter, tapped, outputs + len(taps), batches)
+    for index, tap in enumerate(taps, start=outputs):
+        one, other = (
+            [[a[index].astype(np.float64) - tap.zero_point] for a in x] for x in (reference, candidate)
+        )
+        if _differs(one, other, case.least_snr_db):
+            return _place(tap.operator)
+    if _differs([r[:outputs] for r in reference], [c[:outputs] for c in candidate], case.least_snr_db):
         return _place(list(_keys(graph))[-1])
     return _file_or_fusion(case, exporter, captured, graph, batches)
 
@@ -461,23 +475,47 @@ def _file_or_fusion(
     """Why the looked-at program is right where the artifact is not."""
     fresh = _lowered_answers(case, exporter, captured.program(graph), len(case.outputs), batches)
     wanted = [_run(graph, captured, batch)[0] for batch in batches]
-    if _snr_db(wanted, fresh) >= case.least_snr_db and not _stands_still(wanted, fresh):
+    if not _differs(wanted, fresh, case.least_snr_db):
         return Place(module=None, note="lowered again, the same graph is right: the file itself is damaged")
     return Place(module=None, note="it is right as soon as values between modules are looked at")
 
 
-def _taps(graph: GraphModule) -> list[tuple[Node, Node]]:
-    """(node to look at, the operator it stands for) at the ends of modules, in order.
+def _taps(graph: GraphModule) -> list[Tap]:
+    """Where to look: the ends of modules, in order.
 
     Operators that the delegate fuses with the activation behind them are looked at behind it: a look in
     between would change the program. At most MAX_TAPS, spread evenly.
     """
     keys = _keys(graph)
-    final = set(graph.graph.output_node().all_input_nodes)
-    taps = [(_settled(node), _fused_start(node, keys)) for node in _ends(keys) if not _is_fused(node)]
-    taps = [(tap, node) for tap, node in taps if tap not in final and _is_float(tap)]
+    last = {
+        node for output in graph.graph.output_node().all_input_nodes for node in (output, _source(output))
+    }
+    taps: dict[Node, Tap] = {}
+    for node in _ends(keys):
+        visible = next(iter(node.users)) if _is_fused(node) else node
+        if visible not in last and _is_float(visible):
+            taps.setdefault(visible, _tap(visible, _fused_start(node, keys)))
     step = math.ceil(len(taps) / MAX_TAPS) or 1
-    return taps[step - 1 :: step]
+    return list(taps.values())[step - 1 :: step]
+
+
+def _tap(visible: Node, operator: Node) -> Tap:
+    """Looks at a quantized value as integers: ExecuTorch 1.4 answers zeros for it once dequantized.
+
+    That holds for a value which the delegate also reads inside.
+    """
+    for user in visible.users:
+        zero_point = user.args[2] if len(user.args) > 2 else None
+        if _quantizes(user) and isinstance(zero_point, int):
+            return Tap(node=user, operator=operator, zero_point=zero_point)
+    return Tap(node=visible, operator=operator)
+
+
+def _source(node: Node) -> Node:
+    """The operator behind a quantization and its inverse."""
+    while "quantize" in _operator(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _is_fused(node: Node) -> bool:
@@ -523,6 +561,10 @@ def _module_of(program: torch.export.ExportedProgram) -> GraphModule:
     module = program.module()
     assert isinstance(module, GraphModule)
     return module
+
+
+def _differs(reference: Answers, candidate: Answers, least_snr_db: float) -> bool:
+    return _snr_db(reference, candidate) < least_snr_db or _stands_still(reference, candidate)
 
 
 def _snr_db(reference: Answers, candidate: Answers) -> float:

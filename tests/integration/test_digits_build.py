@@ -104,3 +104,35 @@ def test_the_raw_golden_inputs_become_the_inputs_by_the_declared_preprocessing(
     settings = preprocess.from_mapping(manifest["inputs"][0]["preprocess"])
     with np.load(built / "raw.npz") as raw, np.load(built / "inputs.npz") as inputs:
         np.testing.assert_array_equal(preprocess.apply(settings, raw["image"]), inputs["image"])
+
+
+def test_validate_checks_the_golden_pair_and_keeps_a_measurement(
+    built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deploy.cli.main import run
+
+    before = (built / "manifest.json").read_bytes()
+    assert run(["validate", str(built), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["golden_snr_db"] > 60
+    assert measured["latency"]["measured_on"]["kind"] == "host"
+    assert len(list((built / "measurements").glob("host-*.json"))) == 1
+    assert (built / "manifest.json").read_bytes() == before
+
+
+def test_validate_refuses_devices_it_cannot_ask_and_changes_nothing(built: Path) -> None:
+    from deploy.cli.main import run
+
+    before = sorted(path for path in built.rglob("*"))
+    assert run(["validate", str(built), "--device", "adb"]) == 7
+    assert sorted(path for path in built.rglob("*")) == before
+
+
+def test_validate_tells_a_changed_program(built: Path, manifest: dict, tmp_path: Path) -> None:
+    from deploy.cli.main import run
+
+    copy = tmp_path / "build"
+    shutil.copytree(built, copy)
+    program = next(copy / file["path"] for file in manifest["files"] if file["role"] == "program")
+    program.write_bytes(program.read_bytes()[:-1] + b"x")
+    assert run(["validate", str(copy)]) == 8
