@@ -1,4 +1,4 @@
-"""Traps of ExecuTorch 1.4.1 and torchao 0.18, each with the rewrite that answers it: run in the real runtime."""
+"""Traps of ExecuTorch 1.4.1 and torchao 0.18, with the rewrites that answer them, in the real runtime."""
 
 from collections.abc import Callable
 from pathlib import Path
