@@ -1,6 +1,6 @@
 """What a model's input looks like."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 DTYPES = (
@@ -32,3 +32,12 @@ class TensorSpec:
     def batched(self) -> bool:
         """Whether the first dimension counts samples."""
         return bool(self.shape) and self.shape[0] == "batch"
+
+
+def usable_batch(specs: Sequence[TensorSpec], wanted: int = 64) -> int:
+    """The batch to work in: the wanted one within the bounds, or the fixed one."""
+    first = specs[0]
+    if isinstance(first.shape[0], int):
+        return first.shape[0]
+    low, high = first.bounds[first.shape[0]]
+    return max(low, min(high, wanted))

@@ -1,35 +1,32 @@
 """`deploy build`: the plan carried out, the rungs judged, and one of them published."""
 
-import datetime
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from deploy import ladder, publish
-from deploy.cache import Cache, default_root, digest, file_digest
-from deploy.environment import environment, this_machine, versions
+from deploy.cache import Cache, default_root
+from deploy.environment import versions
 from deploy.lockfile import lock_toml
 from deploy.manifest import (
-    Accuracy,
-    BudgetLine,
-    Delegation,
-    File,
-    Input,
-    Latency,
-    LeftOut,
     Manifest,
-    Output,
-    Provenance,
-    Recommended,
     Report,
     Rung,
-    Verdict,
     encode,
 )
 from deploy.pipeline import Pipeline, RungResult, accuracy_fails
 from deploy.planner import Plan
-from deploy.validation.metrics import Drop
+from deploy.recording import (
+    accuracy_record,
+    artifact_name,
+    budget_lines,
+    label_files,
+    manifest_record,
+    rung_record,
+)
+from deploy.workbench import Workbench
 from exporters.base import EXPORTERS, find_exporter
 from targets.errors import (
     BudgetError,
@@ -39,10 +36,6 @@ from targets.errors import (
     UsageError,
     WrongOutputsError,
 )
-
-DEVICE_OF_KIND = {"phone": "adb", "board": "ssh:USER@HOST", "server": "ssh:USER@HOST", "browser": "browser"}
-HASH_LENGTH = 12
-BYTES_OF_UNIT = {"size_mb": 1e6, "peak_memory_mb": 1e6}
 
 Announce = Callable[[str], None]
 
@@ -92,13 +85,14 @@ def run_build(plan: Plan, options: BuildOptions, announce: Announce = lambda tex
     _require_label_files(plan)
     folder = options.output_dir / plan.project.name / plan.target.name
     with publish.locked(folder, announce):
-        pipeline = Pipeline(
+        bench = Workbench(
             plan=plan,
             cache=Cache(default_root()),
             seed=options.seed,
             refresh=not options.use_cache,
             announce=announce,
         )
+        pipeline = Pipeline(bench)
         rungs = pipeline.rungs()
         report, shipped = _decide(plan, pipeline, rungs, options, folder)
         files = _files(plan, report, shipped, rungs, options)
@@ -141,109 +135,40 @@ def _decide(
     plan: Plan, pipeline: Pipeline, results: list[RungResult], options: BuildOptions, folder: Path
 ) -> tuple[Report, RungResult]:
     """The report with the shipped rung chosen. Raises when none may ship."""
-    rungs = [_rung(plan, pipeline, result, options) for result in results]
+    rungs = [_demanded(rung_record(pipeline, result), options) for result in results]
     candidates = [_candidate(plan, rung, result) for rung, result in zip(rungs, results, strict=True)]
-    choice = ladder.choose(candidates, by_size=plan.objective == "size") or _best_over_budget(
-        plan, results, candidates
-    )
+    choice = ladder.choose(candidates, by_size=plan.objective == "size")
+    if choice is None:
+        raise _nothing_ships(plan, results, candidates)
     shipped = next(result for result in results if result.plan.name == choice.name)
     marked = [
         _with_reason(rung, candidate, choice) for rung, candidate in zip(rungs, candidates, strict=True)
     ]
-    manifest = _manifest(plan, pipeline, shipped, marked, options, folder)
-    report_drop = pipeline.report_drop(shipped)
-    pruned = pipeline.pruned()
+    manifest = manifest_record(pipeline, shipped, marked, folder)
+    assert shipped.artifact is not None
+    report_drop = pipeline.judging.report_drop(shipped.artifact)
+    pruned = pipeline.variants.pruned()
     report = Report(
         manifest=manifest,
         plan=plan.record(),
         widths=pruned.widths if pruned else [],
         pruning=pruned.asked if pruned else [],
-        recovery=pipeline.recovery(),
-        sensitivity=pipeline.sensitivity(shipped.plan),
+        recovery=pipeline.variants.recovery(),
+        sensitivity=pipeline.artifacts.sensitivity(shipped.plan),
         runner_up=choice.runner_up,
-        report_accuracy=_accuracy(plan, report_drop) if report_drop else None,
-        stages=pipeline.stages,
+        report_accuracy=accuracy_record(plan, report_drop) if report_drop else None,
+        stages=pipeline.bench.stages,
     )
     return report, shipped
 
 
-def _rung(plan: Plan, pipeline: Pipeline, result: RungResult, options: BuildOptions) -> Rung:
-    validated, exported = result.validated, result.exported
-    dense, cost = pipeline.cost(False), pipeline.cost(result.plan.pruned)
-    delegated = exported.delegated if exported else None
-    dropped = result.dropped
-    if options.require_delegated and delegated and delegated.left and dropped is None:
-        left = delegated.left[0]
-        dropped = (
-            f"--require-delegated: {left.operator} in {left.module or 'the model'} stays outside: {left.why}"
-        )
-    return Rung(
-        name=result.plan.name,
-        pattern=plan.pattern if result.plan.pruned else "dense",
-        precision=result.plan.precision,
-        sparsity=round(1 - cost.macs / dense.macs, 4) if result.plan.pruned and dense.macs else 0.0,
-        parameters=cost.parameters,
-        macs=cost.macs,
-        size_bytes=exported.size_bytes if exported else None,
-        accuracy=_accuracy(plan, validated.drop if validated else None),
-        parity=validated.parity if validated else None,
-        latency=_latency(pipeline, result),
-        peak_memory_bytes=validated.peak_memory_bytes if validated else None,
-        delegation=Delegation(
-            delegate=delegated.delegate,
-            operators=delegated.operators,
-            delegated=delegated.delegated,
-            left=[LeftOut(operator=o.operator, module=o.module, why=o.why) for o in delegated.left],
-        )
-        if delegated
-        else None,
-        reason="",
-        dropped=dropped,
-    )
-
-
-def _latency(pipeline: Pipeline, result: RungResult) -> Latency:
-    timing = result.timing
-    if timing is None:
-        return Latency(
-            median_ms=None, p90_ms=None, p99_ms=None, ci95_ms=None, samples=0, threads=pipeline.threads,
-            measured_on=None, reason="dropped before it was timed",
-        )  # fmt: skip
-    return Latency(
-        median_ms=timing.median_ms,
-        p90_ms=timing.p90_ms,
-        p99_ms=timing.p99_ms,
-        ci95_ms=list(timing.interval),
-        samples=timing.samples,
-        threads=pipeline.threads,
-        measured_on=this_machine(),
-    )
-
-
-def _accuracy(plan: Plan, drop: Drop | None) -> Accuracy:
-    evaluate = plan.project.tables.evaluate
-    if drop is None or evaluate is None:
-        reason = (
-            "no real [evaluate] data"
-            if evaluate is None or evaluate.source == "synthetic"
-            else "dropped before it was judged"
-        )
-        return Accuracy(
-            metric=evaluate.metric if evaluate else None, value=None, drop=None, drop_ci95=None, samples=0,
-            verdict="unmeasured", reason=reason,
-        )  # fmt: skip
-    settled = ladder.verdict(drop, ladder.allowed_drop(evaluate, drop.reference))
-    return Accuracy(
-        metric=evaluate.metric,
-        value=drop.value,
-        drop=drop.drop,
-        drop_ci95=list(drop.interval) if drop.interval else None,
-        samples=drop.samples,
-        verdict=settled,
-        reason=None if drop.interval else "too few samples for an interval",
-        direction=evaluate.direction,
-        samples_needed=drop.to_settle,
-    )
+def _demanded(rung: Rung, options: BuildOptions) -> Rung:
+    """The rung, dropped where a flag demands what it lacks."""
+    left = rung.delegation.left if rung.delegation else []
+    if not (options.require_delegated and left and rung.dropped is None):
+        return rung
+    where = f"{left[0].operator} in {left[0].module or 'the model'}"
+    return msgspec.structs.replace(rung, dropped=f"--require-delegated: {where} stays outside: {left[0].why}")
 
 
 def _candidate(plan: Plan, rung: Rung, result: RungResult) -> ladder.Candidate:
@@ -254,200 +179,37 @@ def _candidate(plan: Plan, rung: Rung, result: RungResult) -> ladder.Candidate:
         size_bytes=rung.size_bytes or 0,
         median_ms=float("inf") if latency.median_ms is None else latency.median_ms,
         interval=(interval[0], interval[1]),
-        fails=rung.dropped or accuracy_fails(plan, result) or _over_budget(plan, rung),
+        fails=rung.dropped or accuracy_fails(plan, result),
+        over_budget=_over_budget(plan, rung),
     )
 
 
 def _over_budget(plan: Plan, rung: Rung) -> str | None:
     """The first limit that this rung's measured figures break, where the measurement can settle it."""
-    for line in _budget_lines(plan, rung, None):
+    for line in budget_lines(plan, rung, None):
         if line.verdict == "missed" and line.name != "max_drop":
             return f"{line.name} is {line.value:.4g}, {line.limit:g} is allowed"
     return None
 
 
-def _best_over_budget(
-    plan: Plan, results: list[RungResult], candidates: list[ladder.Candidate]
-) -> ladder.Choice:
-    """When only a budget stands in the way the build stays, marked; wrong outputs or accuracy raise."""
-    within_accuracy = [
-        ladder.Candidate(name=c.name, size_bytes=c.size_bytes, median_ms=c.median_ms, interval=c.interval)
-        for result, c in zip(results, candidates, strict=True)
-        if result.dropped is None and accuracy_fails(plan, result) is None
-    ]
-    choice = ladder.choose(within_accuracy, by_size=True)
-    if choice is None:
-        reasons = "; ".join(f"{c.name}: {c.fails}" for c in candidates)
-        evaluate = plan.project.tables.evaluate
-        metric = evaluate.metric if evaluate else "accuracy"
-        kind = ModelError if all(result.exported is None for result in results) else WrongOutputsError
-        raise kind(
-            "no rung may ship",
-            found=reasons,
-            expected=f"outputs that agree, and {metric} within its limit",
-            fix="raise max_drop, lower [prune] sparsity, add [recover] data, or use --precision float32",
-        )
-    return ladder.Choice(name=choice.name, reason="closest to the budget", runner_up=None)
+def _nothing_ships(plan: Plan, results: list[RungResult], candidates: list[ladder.Candidate]) -> DeployError:
+    evaluate = plan.project.tables.evaluate
+    metric = evaluate.metric if evaluate else "accuracy"
+    kind = ModelError if all(result.artifact is None for result in results) else WrongOutputsError
+    return kind(
+        "no rung may ship",
+        found="; ".join(f"{candidate.name}: {candidate.fails}" for candidate in candidates),
+        expected=f"outputs that agree, and {metric} within its limit",
+        fix="raise max_drop, lower [prune] sparsity, add [recover] data, or use --precision float32",
+    )
 
 
 def _with_reason(rung: Rung, candidate: ladder.Candidate, choice: ladder.Choice) -> Rung:
-    import msgspec
-
     if rung.name == choice.name:
         return msgspec.structs.replace(rung, reason=choice.reason)
-    if candidate.fails:
-        return msgspec.structs.replace(rung, reason=candidate.fails, dropped=candidate.fails)
+    if why := candidate.fails or candidate.over_budget:
+        return msgspec.structs.replace(rung, reason=why, dropped=why)
     return msgspec.structs.replace(rung, reason=f"{choice.name} is preferred: {choice.reason}")
-
-
-def _budget_lines(plan: Plan, rung: Rung, folder: Path | None) -> list[BudgetLine]:
-    """Each limit and what became of it. Only the target itself settles a latency or a memory limit."""
-    budget = plan.project.tables.budget
-    limits = {
-        name: getattr(budget, name) for name in ("latency_ms", "first_token_ms", "size_mb", "peak_memory_mb")
-    }
-    if not any(limits.values()):
-        limits |= {str(name): amount for name, amount in plan.target.budget.items()}
-    measured_here = plan.target.is_this_machine
-    values: dict[str, float | None] = {
-        "size_mb": rung.size_bytes / 1e6 if rung.size_bytes else None,
-        "latency_ms": _percentile(rung, budget.latency_percentile) if measured_here else None,
-        "peak_memory_mb": rung.peak_memory_bytes / 1e6 if measured_here and rung.peak_memory_bytes else None,
-    }
-    device = DEVICE_OF_KIND.get(plan.target.kind, "adb")
-    lines = []
-    for name, limit in limits.items():
-        if limit is None:
-            continue
-        value = values.get(name)
-        settled: Verdict = "unmeasured" if value is None else "met" if value <= limit else "missed"
-        how = f"deploy validate {folder} --device {device}" if value is None and folder else None
-        lines.append(BudgetLine(name=name, limit=limit, value=value, verdict=settled, how=how))
-    return lines
-
-
-def _percentile(rung: Rung, percentile: float) -> float | None:
-    latency = rung.latency
-    return latency.median_ms if percentile <= 50 else latency.p90_ms if percentile <= 90 else latency.p99_ms
-
-
-def _manifest(
-    plan: Plan,
-    pipeline: Pipeline,
-    shipped: RungResult,
-    rungs: list[Rung],
-    options: BuildOptions,
-    folder: Path,
-) -> Manifest:
-    project, exported = plan.project, shipped.exported
-    assert exported is not None
-    rung = next(rung for rung in rungs if rung.name == shipped.plan.name)
-    by_name = {spec.name: spec for spec in project.specs()}
-    return Manifest(
-        model=project.name,
-        target=plan.target.name,
-        chip=", ".join(chip.name for chip in plan.target.chips),
-        created_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        runtime=plan.runtime.name,
-        precision=shipped.plan.precision,
-        shipped_rung=shipped.plan.name,
-        chosen_by="device" if plan.target.is_this_machine else "host-proxy",
-        fallback=plan.fallback,
-        files=_artifact_files(plan, shipped),
-        inputs=[_input(plan, by_name[name]) for name in exported.input_order],
-        outputs=[
-            Output(name=o.name, shape=o.shape, dtype=o.dtype, labels=_labels_name(plan, o.name))
-            for o in exported.outputs
-        ],
-        recommended=Recommended(threads=pipeline.threads, batch=pipeline.batch),
-        rungs=rungs,
-        budget=[*_max_drop_line(plan, shipped, rung), *_budget_lines(plan, rung, folder)],
-        licences=[],
-        environment=environment(),
-        provenance=_provenance(plan, pipeline, options),
-        warnings=_warnings(plan, pipeline, shipped, rung),
-    )
-
-
-def _max_drop_line(plan: Plan, shipped: RungResult, rung: Rung) -> list[BudgetLine]:
-    evaluate = plan.project.tables.evaluate
-    if evaluate is None:
-        return []
-    drop = shipped.validated.drop if shipped.validated else None
-    allowed = ladder.allowed_drop(evaluate, drop.reference if drop else 0.0)
-    return [
-        BudgetLine(name="max_drop", limit=allowed, value=rung.accuracy.drop, verdict=rung.accuracy.verdict)
-    ]
-
-
-def _input(plan: Plan, spec: object) -> Input:
-    import msgspec
-
-    from calibration.spec import TensorSpec
-
-    assert isinstance(spec, TensorSpec)
-    table = plan.project.tables.inputs[spec.name]
-    preprocess = msgspec.to_builtins(table.preprocess) if table.preprocess else {}
-    return Input(
-        name=spec.name,
-        shape=list(spec.shape),
-        dtype=spec.dtype,
-        dynamic={name: list(bounds) for name, bounds in spec.bounds.items()},
-        preprocess={key: value for key, value in preprocess.items() if value is not None},
-    )
-
-
-def _warnings(plan: Plan, pipeline: Pipeline, shipped: RungResult, rung: Rung) -> list[str]:
-    warnings = [*plan.notes, *([pipeline.unprunable] if pipeline.unprunable else [])]
-    if shipped.validated and shipped.validated.warning:
-        warnings.append(shipped.validated.warning)
-    if rung.accuracy.value is None and rung.precision != "float32":
-        warnings.append(f"{rung.name} changes the model's numbers and its accuracy was not measured")
-    return warnings
-
-
-def _provenance(plan: Plan, pipeline: Pipeline, options: BuildOptions) -> Provenance:
-    import msgspec
-
-    tables = plan.project.tables
-    return Provenance(
-        model_sha256=digest(pipeline.model_fingerprint()),
-        calibration_sha256=digest(pipeline.data_fingerprint("calibration")) if tables.calibration else None,
-        config_sha256=digest(msgspec.to_builtins(tables)),
-        seed=options.seed,
-        evaluation_sha256=digest(pipeline.data_fingerprint("evaluate")) if tables.evaluate else None,
-    )
-
-
-def _artifact_name(result: RungResult, *, prefix: str = "model") -> str:
-    return f"{prefix}-{file_digest(result.artifact)[:HASH_LENGTH]}{result.artifact.suffix}"
-
-
-def _artifact_files(plan: Plan, shipped: RungResult) -> list[File]:
-    named = {_artifact_name(shipped): ("program", shipped.artifact)}
-    for name, file in _label_files(plan).items():
-        named[name] = ("labels", file)
-    return [
-        File(path=name, role=role, size_bytes=os.path.getsize(file), sha256=file_digest(file))
-        for name, (role, file) in named.items()
-    ]
-
-
-def _labels_name(plan: Plan, output: str) -> str | None:
-    table = plan.project.tables.outputs.get(output)
-    if table is None or table.labels is None:
-        return None
-    file = plan.project.path(table.labels)
-    return f"{file.stem}-{file_digest(file)[:HASH_LENGTH]}{file.suffix}"
-
-
-def _label_files(plan: Plan) -> dict[str, Path]:
-    files = {}
-    for output, table in plan.project.tables.outputs.items():
-        name = _labels_name(plan, output)
-        if name and table.labels:
-            files[name] = plan.project.path(table.labels)
-    return files
 
 
 def _files(
@@ -456,7 +218,9 @@ def _files(
     from deploy.reporting.html import render_report
 
     assert shipped.golden is not None
-    files: dict[str, Path | bytes] = {_artifact_name(shipped): shipped.artifact, **_label_files(plan)}
+    assert shipped.artifact is not None
+    program = shipped.artifact.file
+    files: dict[str, Path | bytes] = {artifact_name(program): program, **label_files(plan)}
     files |= {file.name: file for file in sorted(shipped.golden.glob("*.npz"))}
     files["plan.json"] = encode(report.plan)
     files["report.json"] = encode(report)
@@ -464,8 +228,9 @@ def _files(
     files["deploy.lock.toml"] = lock_toml(plan.project, plan, versions(), options.seed)
     if options.keep_rungs:
         for rung in rungs:
-            if rung.exported is not None:
-                files[f"rungs/{_artifact_name(rung, prefix=rung.plan.name)}"] = rung.artifact
+            if rung.artifact is not None:
+                file = rung.artifact.file
+                files[f"rungs/{artifact_name(file, prefix=rung.plan.name)}"] = file
     return files
 
 

@@ -264,21 +264,27 @@ def _relative(file: Path, folder: Path) -> str:
 
 
 def _data_files(found: _Findings, beside: Path) -> dict[str, str]:
-    """Data files by role, the first that is named so."""
+    """Data files by role, each role's first by the words that name it."""
     roles: dict[str, str] = {}
-    for file in _listed(beside):
-        name = _relative(file, found.folder)
-        matching = [role for role, words in ROLES.items() if any(w in file.stem.lower() for w in words)]
-        if file.suffix not in DATA:
-            continue
-        role = matching[0] if matching else "calibration"
-        if role == "evaluate" and role in roles and "test" in file.stem.lower():
-            role = "report"  # validation data chooses, test data only reports
-        if role in roles:
-            found.notes.append(f"{name} was left out: {roles[role]} serves as [{role}]")
+    files = [file for file in _listed(beside) if file.suffix in DATA]
+    for _, name, role in sorted(_role(_relative(file, found.folder)) for file in files):
+        # Validation data chooses; test data beside it only reports.
+        taken = "report" if role == "evaluate" and role in roles and "report" not in roles else role
+        if taken in roles:
+            found.notes.append(f"{name} was left out: {roles[taken]} serves as [{taken}]")
         else:
-            roles[role] = name
+            roles[taken] = name
     return roles
+
+
+def _role(name: str) -> tuple[int, str, str]:
+    """A data file's rank within its role, its name, and the role that its name tells; else calibration."""
+    stem = Path(name).stem.lower()
+    for role, words in ROLES.items():
+        for rank, word in enumerate(words):
+            if word in stem:
+                return rank, name, role
+    return len(ROLES), name, "calibration"
 
 
 def _arrays(found: _Findings, files: Mapping[str, str]) -> "dict[str, np.ndarray[Any, Any]]":

@@ -13,13 +13,17 @@ TOLERANCE = 1e-12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """What the choice needs to know of a rung. `fails` says why it may not ship."""
+    """What the choice needs to know of a rung.
+
+    `fails` says why it may not ship at all, `over_budget` which measured limit it breaks.
+    """
 
     name: str
     size_bytes: int
     median_ms: float
     interval: tuple[float, float]
     fails: str | None = None
+    over_budget: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +38,16 @@ class Choice:
 def choose(candidates: Sequence[Candidate], *, by_size: bool = False) -> Choice | None:
     """The fastest candidate that passes; where latency intervals overlap, the smaller one.
 
-    With `by_size` (objective "size") the smallest that passes. None when no candidate passes.
+    With `by_size` (objective "size") the smallest that passes. Where only budgets stand in the way, the
+    smallest is the choice; None when no candidate may ship at all.
     """
-    passing = [candidate for candidate in candidates if candidate.fails is None]
+    sound = [candidate for candidate in candidates if candidate.fails is None]
+    passing = [candidate for candidate in sound if candidate.over_budget is None]
     if not passing:
-        return None
+        closest = min(sound, key=lambda candidate: candidate.size_bytes, default=None)
+        if closest is None:
+            return None
+        return Choice(name=closest.name, reason="closest to the budget", runner_up=None)
     if by_size:
         ordered = sorted(passing, key=lambda candidate: (candidate.size_bytes, candidate.median_ms))
         return Choice(name=ordered[0].name, reason="smallest rung that passes", runner_up=_second(ordered))

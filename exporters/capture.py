@@ -127,6 +127,27 @@ def order_inputs(module: nn.Module, inputs: Sequence[TensorSpec]) -> tuple[tuple
     return tuple(inputs), False
 
 
+class Positional(nn.Module):
+    """A module as a function of its inputs in order, wherever they stand among forward's parameters."""
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.inner = module
+        self.names = tuple(names)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.inner(**dict(zip(self.names, tensors, strict=True)))
+
+
+def positional(module: nn.Module, inputs: Sequence[TensorSpec]) -> nn.Module:
+    """The module itself where its inputs are forward's first parameters, else a `Positional` around it."""
+    ordered, by_name = order_inputs(module, inputs)
+    names = [spec.name for spec in ordered]
+    if not by_name or list(inspect.signature(module.forward).parameters)[: len(names)] == names:
+        return module
+    return Positional(module, names)
+
+
 def call_module(module: nn.Module, inputs: Sequence[TensorSpec], arrays: Mapping[str, Tensor]) -> Any:
     """The module's answer to tensors by name."""
     ordered, by_name = order_inputs(module, inputs)
@@ -233,7 +254,8 @@ def _register(outputs: Any) -> None:
     """Makes a dataclass that a forward returned known to pytree, so that its fields are seen."""
     kind = type(outputs)
     if dataclasses.is_dataclass(kind) and kind not in pytree.SUPPORTED_NODES:
-        torch.export.register_dataclass(kind)
+        # ExecuTorch writes the name into the program: the folder of the user's file must not be in it.
+        torch.export.register_dataclass(kind, serialized_type_name=f"user.{kind.__qualname__}")
 
 
 def _describe_outputs(

@@ -245,10 +245,10 @@ def _runtime(project: "Project", target: "Target") -> tuple[str, int]:
 def _run(job: _Job, out: Path | None, *, force: bool, seed: int, say: Any) -> "PrunedModel":
     import torch
 
+    from calibration.spec import usable_batch
     from deploy.data import ProjectData
     from deploy.planner import DEFAULT_SPARSITY
     from deploy.pruning.folder import prune
-    from deploy.validation.rung import usable_batch
     from exporters.capture import order_inputs
 
     settings, specs = job.settings, job.project.specs()

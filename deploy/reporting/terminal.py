@@ -14,6 +14,7 @@ from deploy.reporting.claims import Notice, chosen_by, headline, notices, outcom
 from deploy.reporting.evidence import measured, shipped, timed
 from deploy.reporting.markup import clean
 
+WIDEST_NAME = 24
 _STYLES = {"alarm": "bold red", "caution": "bold yellow", "note": "bold"}
 _MARKS = {"shipped": "* ", "dropped": "x "}
 
@@ -53,7 +54,8 @@ def _text(console: Console, text: str, style: str = "") -> Text:
 
 def _table(console: Console, report: Report) -> Table:
     table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
-    table.add_column("Rung", no_wrap=True)
+    longest = max(len(rung.name) for rung in report.manifest.rungs)
+    table.add_column("Rung", overflow="fold", min_width=min(longest + 2, WIDEST_NAME))
     for name in ("Size", "Accuracy", "Drop", "Latency, ms"):
         table.add_column(name, justify="right", no_wrap=True)
     for rung in report.manifest.rungs:

@@ -12,7 +12,7 @@ from torch import nn
 
 from calibration import compare
 from calibration.dataset import Dataset
-from calibration.spec import TensorSpec
+from calibration.spec import TensorSpec, usable_batch
 from deploy import usercode
 from deploy.manifest import Parity
 from deploy.project import EvaluateTable
@@ -127,15 +127,6 @@ def _refuse_nan(name: str, array: Array, origin: str) -> None:
             expected="finite outputs",
             fix="look for a division by zero or a logarithm of zero in the model",
         )
-
-
-def usable_batch(specs: Sequence[TensorSpec], wanted: int = 64) -> int:
-    """The batch to work in: the wanted one within the bounds, or the fixed one."""
-    first = specs[0]
-    if isinstance(first.shape[0], int):
-        return first.shape[0]
-    low, high = first.bounds[first.shape[0]]
-    return max(low, min(high, wanted))
 
 
 def measure_drop(

@@ -159,7 +159,9 @@ def test_without_transformers_the_pip_line_is_told(bert: Path, monkeypatch: pyte
     assert raised.value.exit_code == 3
 
 
-def test_the_environment_of_the_process_is_left_as_it_was(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_the_process_is_left_as_it_was(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

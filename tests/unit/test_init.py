@@ -14,7 +14,10 @@ from deploy.project import load
 from targets.errors import ModelError, UsageError
 
 HEAD = "import torch\nfrom torch import nn\n"
-LINEAR = HEAD + "def build() -> nn.Module:\n    return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))\n"
+LINEAR = (
+    HEAD
+    + "def build() -> nn.Module:\n    return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))\n"
+)
 
 
 def model(folder: Path, text: str, name: str = "model.py") -> Path:

@@ -1,0 +1,1 @@
+"""What the tool costs and what it gains, measured: see docs/performance.md."""

@@ -1,0 +1,182 @@
+"""From a variant to an artifact on disk: quantized in a rung's precision, exported, opened."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from deploy.manifest import LayerSensitivity
+from deploy.planner import RungPlan
+from deploy.variants import Variants
+from deploy.workbench import Workbench, read_json, write_json
+from exporters.base import Delegated, Quantization, find_exporter
+from targets.errors import IntegrityError, WrongOutputsError
+
+if TYPE_CHECKING:
+    from deploy.validation.remote import RemoteSession
+
+SENSITIVITY_SAMPLES = 32
+SENSITIVITY_LAYERS = 50
+SENSITIVITY_MACS = 1e11
+HIGHEST_SNR_DB = 200.0
+MIXED_GAIN_DB = 6.0
+"""How much less noise a mixed rung aims at: half the amplitude."""
+
+
+class OutputInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """An output as export found it."""
+
+    name: str
+    shape: list[int | str]
+    dtype: str
+
+
+class Exported(msgspec.Struct, frozen=True, kw_only=True):
+    """export.json: what the export stage knows beside the artifact."""
+
+    file: str
+    size_bytes: int
+    input_order: list[str]
+    outputs: list[OutputInfo]
+    delegated: Delegated | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltArtifact:
+    """An artifact in the cache; `key` is what it hashes to."""
+
+    rung: RungPlan
+    key: str
+    file: Path
+    info: Exported
+
+    @property
+    def output_names(self) -> list[str]:
+        """The outputs, in the artifact's order."""
+        return [output.name for output in self.info.outputs]
+
+
+class Artifacts:
+    """Makes and opens the artifacts of one run."""
+
+    def __init__(self, bench: Workbench, variants: Variants) -> None:
+        self._bench = bench
+        self._variants = variants
+
+    def make(self, rung: RungPlan) -> BuiltArtifact:
+        """The rung's artifact. Raises ModelError when the runtime cannot hold it."""
+        tables = self._bench.tables
+        integers = rung.precision.startswith("int")
+        ingredients = {
+            "module": self._variants.key(rung.pruned),
+            "runtime": self._bench.plan.runtime.name,
+            "precision": rung.precision,
+            "outputs": list(tables.outputs),
+            "quantize": msgspec.to_builtins(tables.quantize) if integers else None,
+            "calibration": self._bench.data_key("calibration") if integers else None,
+            "kept_float": sorted(self._float_layers(rung)),
+        }
+        entry = self._bench.stage(
+            f"export {rung.name}", ingredients, lambda folder: self._export(rung, folder)
+        )
+        info: Exported = read_json(entry.folder / "export.json", Exported)
+        return BuiltArtifact(rung=rung, key=entry.folder.name, file=entry.folder / info.file, info=info)
+
+    def open(self, artifact: BuiltArtifact) -> "RemoteSession":
+        """The artifact in a process of its own. Raises WrongOutputsError when its runtime refuses it."""
+        from deploy.validation.remote import RemoteSession
+
+        by_name = {spec.name: spec for spec in self._bench.specs}
+        try:
+            return RemoteSession(
+                self._bench.plan.runtime.name,
+                artifact.file,
+                inputs=[by_name[name] for name in artifact.info.input_order],
+                outputs=artifact.output_names,
+                threads=self._bench.threads,
+            )
+        except IntegrityError as error:
+            raise WrongOutputsError(
+                f"the runtime refuses what was just made for {artifact.rung.name}",
+                found=error.message.rstrip("."),
+            ) from error
+
+    def quantization(self, rung: RungPlan) -> Quantization:
+        """How the rung is quantized."""
+        observer = self._bench.tables.quantize.observer
+        return Quantization(observer=observer, keep_float=tuple(sorted(self._float_layers(rung))))
+
+    def sensitivity(self, rung: RungPlan) -> list[LayerSensitivity]:
+        """Each layer's own quantization noise, on calibration data; empty for rungs without static int8."""
+        if rung.precision != "int8":
+            return []
+        kept = self._float_layers(rung)
+        return [msgspec.structs.replace(each, kept_float=each.layer in kept) for each in self._measured(rung)]
+
+    def _export(self, rung: RungPlan, folder: Path) -> None:
+        from exporters.capture import capture
+
+        bench = self._bench
+        exporter = find_exporter(bench.plan.runtime.name)
+        module = self._variants.module(rung.pruned)
+        captured = capture(module, bench.specs, output_names=list(bench.tables.outputs))
+        file = folder / f"model{exporter.suffix}"
+        artifact = exporter.export(
+            captured,
+            precision=rung.precision,
+            calibration=list(bench.data.calibration.batches(bench.batch())),
+            quantization=self.quantization(rung),
+            file=file,
+        )
+        info = Exported(
+            file=file.name,
+            size_bytes=file.stat().st_size,
+            input_order=[spec.name for spec in captured.inputs],
+            outputs=[OutputInfo(name=o.name, shape=list(o.shape), dtype=o.dtype) for o in captured.outputs],
+            delegated=artifact.delegated,
+        )
+        write_json(folder / "export.json", info)
+
+    def _float_layers(self, rung: RungPlan) -> set[str]:
+        """The layers that stay float; in a mixed rung the fewest that halve the noise's amplitude, too."""
+        excluded = set(self._bench.tables.quantize.exclude)
+        if not rung.mixed:
+            return excluded
+        from deploy.quantization.sensitivity import choose_float_layers, combined_snr_db
+
+        pairs = [(layer.layer, layer.snr_db) for layer in self._measured(replace(rung, mixed=False))]
+        wanted = combined_snr_db([snr_db for _, snr_db in pairs]) + MIXED_GAIN_DB
+        return {*choose_float_layers(pairs, wanted_snr_db=wanted).layers, *excluded}
+
+    def _measured(self, rung: RungPlan) -> list[LayerSensitivity]:
+        ingredients = {
+            "module": self._variants.key(rung.pruned),
+            "calibration": self._bench.data_key("calibration"),
+        }
+        name = f"sensitivity {'pruned' if rung.pruned else 'dense'}"
+        entry = self._bench.stage(name, ingredients, lambda folder: self._measure(rung, folder))
+        layers: list[LayerSensitivity] = read_json(entry.folder / "sensitivity.json", list[LayerSensitivity])
+        return layers
+
+    def _measure(self, rung: RungPlan, folder: Path) -> None:
+        from deploy.quantization.sensitivity import layer_sensitivity
+        from exporters.capture import positional
+
+        module = self._variants.module(rung.pruned)
+        size = min(len(self._bench.data.calibration), self._samples(rung))
+        inputs = self._bench.calibration_inputs(module, max(size, self._bench.batch(1)))
+        called = positional(module, self._bench.specs)
+        prefix = "" if called is module else "inner."
+        found = layer_sensitivity(called, [inputs])
+        layers = [_bounded(name.removeprefix(prefix), snr_db) for name, snr_db in found]
+        write_json(folder / "sensitivity.json", layers)
+
+    def _samples(self, rung: RungPlan) -> int:
+        """As many samples as seconds of arithmetic allow: one pass a layer."""
+        passes = self._variants.cost(rung.pruned).macs * SENSITIVITY_LAYERS
+        return max(1, min(SENSITIVITY_SAMPLES, int(SENSITIVITY_MACS / max(passes, 1))))
+
+
+def _bounded(layer: str, snr_db: float) -> LayerSensitivity:
+    return LayerSensitivity(layer=layer, snr_db=min(round(snr_db, 2), HIGHEST_SNR_DB), kept_float=False)
