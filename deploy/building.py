@@ -27,7 +27,7 @@ from deploy.recording import (
     rung_record,
 )
 from deploy.workbench import Workbench
-from exporters.base import EXPORTERS, find_exporter
+from exporters.base import EXPORTERS, require_packages
 from targets.errors import (
     BudgetError,
     DeployError,
@@ -116,7 +116,7 @@ def require_buildable(plan: Plan) -> None:
             expected="structured or dense",
             fix="use --pattern structured",
         )
-    find_exporter(plan.runtime.name)
+    require_packages(plan.runtime.name)
 
 
 def _require_label_files(plan: Plan) -> None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from calibration.dataset import Dataset
     from deploy.validation.latency import Timing
     from deploy.validation.metrics import Drop
-    from deploy.validation.rung import Judge, Validated
+    from deploy.validation.result import Validated
+    from deploy.validation.rung import Judge
 
 
 class Judging:

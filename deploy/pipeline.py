@@ -17,7 +17,7 @@ from targets.errors import ModelError, WrongOutputsError
 
 if TYPE_CHECKING:
     from deploy.validation.latency import Timing
-    from deploy.validation.rung import Validated
+    from deploy.validation.result import Validated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class Pipeline:
 
     def _make(self, rung: RungPlan) -> RungResult:
         """One rung exported and validated. A lossy rung that fails is dropped; a float32 one raises."""
-        from deploy.validation.rung import Validated
+        from deploy.validation.result import Validated
 
         result = RungResult(plan=rung)
         try:

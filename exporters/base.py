@@ -142,8 +142,8 @@ def missing_packages(runtime: str) -> tuple[str, ...]:
     return tuple(name for name in EXPORTERS[runtime].packages if find_spec(name) is None)
 
 
-def find_exporter(runtime: str) -> Exporter:
-    """The exporter of a runtime. Raises MissingRequirementError with the command that installs it."""
+def require_packages(runtime: str) -> None:
+    """Raises MissingRequirementError, with the command that installs it, for what a runtime lacks here."""
     lacking = missing_packages(runtime)
     if lacking:
         extra = EXPORTERS[runtime].extra
@@ -153,6 +153,11 @@ def find_exporter(runtime: str) -> Exporter:
             expected=f"the extra {extra!r}",
             fix=f"pip install 'edge-deploy[{extra}]'",
         )
+
+
+def find_exporter(runtime: str) -> Exporter:
+    """The exporter of a runtime, its libraries loaded. Raises as `require_packages`."""
+    require_packages(runtime)
     module, _, attribute = EXPORTERS[runtime].attribute.partition(":")
     exporter: Exporter = getattr(importlib.import_module(module), attribute)()
     return exporter

@@ -30,7 +30,7 @@ from targets.errors import DeployError, IntegrityError, ModelError, UsageError
 REFUSED_OPERATORS = {
     "while_loop": "ExecuTorch 1.4 does not emit while_loop; unroll it, or use scan with a fixed length"
 }
-CONTROL_FLOW = ("while_loop", "cond", "map_impl", "scan")
+FRAGILE_MEANS = ("int8", "float16")
 
 
 class ExecuTorchExporter:
@@ -64,7 +64,7 @@ class ExecuTorchExporter:
         """The float graph as it will be quantized to a precision and lowered."""
         _refuse_operators(captured.graph)
         dynamic = _dynamic_dimensions(captured.inputs)
-        graph = prefer_delegated_forms(captured.graph, safe_means=precision == "int8" and bool(dynamic))
+        graph = prefer_delegated_forms(captured.graph, safe_means=precision in FRAGILE_MEANS and bool(dynamic))
         _refuse_dynamic_loops(graph, dynamic)
         return graph
 

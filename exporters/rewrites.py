@@ -102,9 +102,21 @@ def _mean_and_unsqueeze_(graph: GraphModule, node: FxNode) -> None:
         tall = _call(graph, aten.unsqueeze.default, (mean, -1), value[..., 0])
         whole = _call(graph, aten.unsqueeze.default, (tall, -1), value)
     for made in (mean, tall, whole):
-        made.meta = {**node.meta, "val": made.meta["val"]}
+        made.meta = {**node.meta, "val": made.meta["val"], "nn_module_stack": _of_no_class(node)}
     node.replace_all_uses_with(whole)
     graph.graph.erase_node(node)
+
+
+def _of_no_class(node: FxNode) -> dict[str, tuple[str, str]]:
+    """Where a node stands in the user's model, with the class of its module left out.
+
+    XNNPACK's quantizer refuses every node of an nn.AdaptiveAvgPool2d that is no pooling operator.
+    """
+    stack = dict(node.meta.get("nn_module_stack") or {})
+    if stack:
+        innermost, (path, _) = list(stack.items())[-1]
+        stack[innermost] = (path, "torch.nn.Module")
+    return stack
 
 
 def own_biases_(graph: GraphModule) -> None:

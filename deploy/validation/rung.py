@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from deploy.project import EvaluateTable
 from deploy.validation import metrics
 from deploy.validation.metrics import CUSTOM, Drop
 from deploy.validation.remote import RemoteSession
+from deploy.validation.result import Validated
 from exporters.capture import call_module, first_line, flatten_outputs, user_line
 from targets.errors import ModelError, UsageError, WrongOutputsError
 
@@ -38,16 +38,6 @@ MIN_SNR_DB = {
     "int8-dynamic": 15.0,
     "int4": 10.0,
 }
-
-
-class Validated(msgspec.Struct, frozen=True, kw_only=True):
-    """What validation found. `drop` is None without evaluation data; `wrong` says what is not right."""
-
-    parity: Parity
-    drop: Drop | None
-    peak_memory_bytes: int
-    wrong: str | None = None
-    warning: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,111 @@
+"""Plans: what a target and a project decide before any model is loaded."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.planner import Plan, make_plan
+from deploy.project import Project, check
+from targets.catalog import find
+from targets.errors import UsageError
+
+BASE = {
+    "model": {"source": "model.py:build"},
+    "inputs": {"image": {"shape": ["batch", 1, 8, 8]}},
+    "calibration": {"source": "c.npz"},
+    "evaluate": {"source": "e.npz"},
+}
+
+
+def project(**tables: object) -> Project:
+    return Project(
+        file=Path("deploy.toml").absolute(), tables=check({**BASE, **tables}, origin="deploy.toml")
+    )
+
+
+def planned(target: str = "galaxy-s22", *, ladder: bool = True, **tables: object) -> Plan:
+    return make_plan(project(**tables), find(target), ladder=ladder)
+
+
+def names(plan: Plan) -> list[str]:
+    return [rung.name for rung in plan.rungs]
+
+
+def test_a_phone_plan_climbs_dense_and_pruned_in_float_and_int8() -> None:
+    assert names(planned()) == ["dense-float", "dense-int8", "pruned-float", "pruned-int8"]
+
+
+def test_without_real_evaluation_data_nothing_is_pruned_unless_a_sparsity_is_asked_for() -> None:
+    synthetic = {"evaluate": {"source": "synthetic"}}
+    plan = planned(**synthetic)
+    assert names(plan) == ["dense-float", "dense-int8"]
+    assert any("nothing is pruned" in note for note in plan.notes)
+    assert "pruned-int8" in names(planned(**synthetic, prune={"sparsity": 0.4}))
+
+
+def test_integer_inputs_add_the_dynamic_int8_rung() -> None:
+    tokens = {"inputs": {"tokens": {"shape": ["batch", 8], "dtype": "int64"}}}
+    assert "dense-int8-dynamic" in names(planned(**tokens))
+
+
+def test_no_ladder_plans_one_rung() -> None:
+    assert names(planned(ladder=False)) == ["pruned-int8"]
+    assert names(planned(ladder=False, prune={"pattern": "none"})) == ["dense-int8"]
+
+
+def test_a_phone_with_two_chips_gets_widths_that_fit_both() -> None:
+    plan = planned()
+    assert plan.record().chip == "sm8450, exynos-2200"
+    assert plan.pruning is not None
+    assert all(plan.pruning.multiple % chip.runtimes[0].channel_multiple == 0 for chip in plan.target.chips)
+
+
+def test_neighbouring_steps_fit() -> None:
+    steps = planned(recover={"source": "t.npz"}).steps
+    assert all(before.produces == after.accepts for before, after in itertools.pairwise(steps))
+    assert [step.name for step in steps] == ["prune", "recover", "capture", "quantize", "export", "validate"]
+
+
+def test_useless_sparsity_is_refused_and_objective_size_allows_it() -> None:
+    sparse = project(prune={"pattern": "unstructured", "sparsity": 0.5})
+    with pytest.raises(UsageError, match="objective size"):
+        make_plan(sparse, find("galaxy-s22"))
+    assert make_plan(sparse, find("galaxy-s22"), objective="size").pattern == "unstructured"
+
+
+def test_a_runtime_that_this_version_lacks_gives_way_and_the_plan_says_so() -> None:
+    plan = planned("host")
+    assert plan.runtime.name == "executorch"
+    assert plan.fallback is not None
+    assert any("lacks it" in refusal.reason for refusal in plan.refused)
+
+
+def test_a_table_for_the_target_lies_over_the_general_one() -> None:
+    base = project(prune={"sparsity": 0.4}, target={"galaxy-s22": {"prune": {"sparsity": 0.5}}})
+    plan = make_plan(base.for_target("galaxy-s22"), find("galaxy-s22"))
+    assert plan.pruning is not None
+    assert plan.pruning.sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"prune": {"criterion": "l3"}}, "Did you mean 'l"),
+        ({"quantize": {"precision": "int9"}}, "Did you mean 'int8'"),
+        ({"prune": {"method": "chanels"}}, "Did you mean 'channels'"),
+    ],
+)
+def test_unknown_words_name_the_nearest(tables: dict, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        planned(**tables)
+
+
+def test_the_plan_as_json_has_the_keys_of_the_contract() -> None:
+    from deploy.manifest import encode
+
+    content = json.loads(encode(planned().record()))
+    assert {"target", "chip", "runtime", "pattern", "precision", "steps", "refused"} <= content.keys()
+    assert {"name", "accepts", "produces", "reason"} == content["steps"][0].keys()
+    assert {"what", "reason", "instead"} == content["refused"][0].keys()
