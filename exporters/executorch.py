@@ -31,6 +31,8 @@ REFUSED_OPERATORS = {
     "while_loop": "ExecuTorch 1.4 does not emit while_loop; unroll it, or use scan with a fixed length"
 }
 FRAGILE_MEANS = ("int8", "float16")
+"""Precisions whose delegated mean breaks when the batch grows: see rewrites.keep_means_outside_."""
+
 
 
 class ExecuTorchExporter:
@@ -64,7 +66,8 @@ class ExecuTorchExporter:
         """The float graph as it will be quantized to a precision and lowered."""
         _refuse_operators(captured.graph)
         dynamic = _dynamic_dimensions(captured.inputs)
-        graph = prefer_delegated_forms(captured.graph, safe_means=precision in FRAGILE_MEANS and bool(dynamic))
+        safe_means = precision in FRAGILE_MEANS and bool(dynamic)
+        graph = prefer_delegated_forms(captured.graph, safe_means=safe_means)
         _refuse_dynamic_loops(graph, dynamic)
         return graph
 

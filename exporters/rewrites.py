@@ -76,8 +76,8 @@ def keep_mean_dimensions_(graph: GraphModule) -> None:
 def keep_means_outside_(graph: GraphModule) -> None:
     """Writes a mean over height and width without keepdim, which XNNPACK leaves to the portable kernels.
 
-    XNNPACK's mean behind an int8 convolution writes past its memory when a later call brings a larger
-    batch: seen as SIGSEGV and "corrupted size vs. prev_size" with batches 1, then 16.
+    XNNPACK's mean behind an int8 or float16 convolution writes past its memory when a later call brings
+    a larger batch: seen as SIGSEGV and "corrupted size vs. prev_size" with batches 1, then 16.
     """
     for node in list(graph.graph.nodes):
         if _is_pooling_mean(node):
