@@ -248,10 +248,10 @@ class LayerSensitivity(Value, frozen=True, kw_only=True):
 
 
 class Asked(Value, frozen=True, kw_only=True):
-    """What a compression step was asked for and what it achieved."""
+    """What a compression step was asked for (null: nothing) and what it achieved."""
 
     quantity: str
-    asked: float
+    asked: float | None
     achieved: float
     note: str = ""
 

@@ -194,7 +194,7 @@ def _asked(result: "ChannelPruning") -> list[Asked]:
     return [
         Asked(
             quantity=name,
-            asked=result.asked if name == result.of else 0.0,
+            asked=result.asked if name == result.of else None,
             achieved=round(share, 4),
             note=result.note if name == result.of else "follows from the widths",
         )

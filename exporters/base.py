@@ -110,6 +110,10 @@ class Exporter(Protocol):
         """Writes the artifact. Raises ModelError for what the format cannot hold, naming its module."""
         ...
 
+    def load_runtime(self) -> None:
+        """Imports what `open` needs, so that an artifact's own memory can be told from its runtime's."""
+        ...
+
     def open(
         self, file: Path, *, inputs: "Sequence[TensorSpec]", outputs: Sequence[str], threads: int
     ) -> Session:

@@ -34,7 +34,6 @@ FRAGILE_MEANS = ("int8", "float16")
 """Precisions whose delegated mean breaks when the batch grows: see rewrites.keep_means_outside_."""
 
 
-
 class ExecuTorchExporter:
     """Writes and runs .pte files."""
 
@@ -88,6 +87,10 @@ class ExecuTorchExporter:
         data, delegated = lower(program, dynamic=precision == "int8-dynamic")
         file.write_bytes(data)
         return delegated
+
+    def load_runtime(self) -> None:
+        """Imports the runtime's bindings."""
+        _runtime()
 
     def open(
         self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
@@ -332,6 +335,14 @@ def _refusals(reasons: dict[str, str]) -> Iterator[None]:
             logger.propagate = True
 
 
+def _runtime() -> tuple[Any, Any]:
+    """ExecuTorch's bindings and the class of its runtime."""
+    with quiet(), _without_compiler():
+        from executorch.extension.pybindings import portable_lib
+        from executorch.runtime import Runtime
+    return portable_lib, Runtime
+
+
 @contextmanager
 def _without_compiler() -> Iterator[None]:
     """Lets the runtime's bindings import without ExecuTorch's compiler, which they need for one decorator.
@@ -360,15 +371,13 @@ class ExecuTorchSession:
     def __init__(
         self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
     ) -> None:
-        with quiet(), _without_compiler():
-            from executorch.extension.pybindings import portable_lib
-            from executorch.runtime import Runtime
+        portable_lib, runtime = _runtime()
         self._threads = portable_lib
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self.set_threads(threads)
         try:
-            self._program = Runtime.get().load_program(file)
+            self._program = runtime.get().load_program(file)
             self._method = self._program.load_method("forward")
         except RuntimeError as error:
             raise IntegrityError(

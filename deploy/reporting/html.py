@@ -332,7 +332,15 @@ def _size(report: Report) -> Markup | None:
 def _pruning(report: Report) -> Markup | None:
     if not report.widths and not report.pruning:
         return None
-    asked = [(a.quantity, units.number(a.asked), units.number(a.achieved), a.note) for a in report.pruning]
+    asked = [
+        (
+            a.quantity,
+            "not asked" if a.asked is None else units.number(a.asked),
+            units.number(a.achieved),
+            a.note,
+        )
+        for a in report.pruning
+    ]
     rows = [(w.layer, w.kind, str(w.before), str(w.after)) for w in report.widths]
     return _section(
         "Pruning",
