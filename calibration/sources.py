@@ -16,7 +16,7 @@ import numpy as np
 from calibration.dataset import Array, Dataset, check, synthetic
 from calibration.preprocess import Preprocess
 from calibration.spec import TensorSpec
-from targets.errors import UsageError
+from targets.errors import UsageError, first_line
 
 SYNTHETIC = "synthetic"
 LABEL = "label"
@@ -149,10 +149,9 @@ def _read_file(file: Path) -> dict[str, Array]:
     except UsageError:
         raise
     except Exception as error:  # zipfile, zlib, json, ast and numpy raise many kinds for a damaged file
-        text = str(error).strip().splitlines()
         raise UsageError(
             f"{file.name} cannot be read",
-            found=f"{type(error).__name__}: {text[0][:LONGEST] if text else ''}",
+            found=first_line(error),
             expected="an undamaged file of arrays without pickles",
             fix="save it again, with numpy.savez or as safetensors",
         ) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.cache import file_digest
-from targets.errors import MissingRequirementError, ModelError, UsageError
+from targets.errors import MissingRequirementError, ModelError, UsageError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +21,6 @@ SEQUENCE = 128
 PICTURE = 224
 MOST_BATCH = 8
 SHOWN = 5
-LONGEST = 200
 ATTENTION = "eager"
 """Matrix products and a softmax written out. "sdpa" exports too, but becomes more operators outside the
 delegate: a 3-layer BERT took 1.9 times as long in XNNPACK, a 3-layer ViT 1.1 times."""
@@ -247,17 +246,16 @@ def _two(size: object) -> tuple[int, int] | None:
 def _damaged(folder: Path, error: Exception) -> ModelError:
     return ModelError(
         f"{folder.name}/{CONFIG} cannot be read",
-        found=f"{type(error).__name__}: {str(error)[:LONGEST]}",
+        found=first_line(error),
         expected="the configuration that save_pretrained wrote",
         fix="save the model again",
     )
 
 
 def _unloadable(folder: Path, error: BaseException) -> ModelError:
-    text = str(error).strip().splitlines()
     return ModelError(
         f"transformers cannot load {folder.name}",
-        found=f"{type(error).__name__}: {text[0][:LONGEST] if text else ''}",
+        found=first_line(error),
         expected="an architecture of the transformers library, with undamaged safetensors",
         fix="models that bring their own code are not run: write a factory in a .py file for them",
     )

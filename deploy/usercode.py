@@ -18,10 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from targets.errors import DeployError, ModelError, UsageError, nearest
+from targets.errors import DeployError, ModelError, UsageError, first_line, nearest
 
 PREFIX = "_edge_deploy_user_"
-LONGEST = 300
 
 _LOADED: dict[str, tuple[int, int] | None] = {}
 """When each private module's file was last changed, as of its import."""
@@ -110,19 +109,10 @@ def _raised(what: str, raised: BaseException, folder: Path, error: type[DeployEr
         )
     return error(
         f"{what} raised{place}",
-        found=_summary(raised),
+        found=first_line(raised),
         expected="a function that returns",
         fix="run the file on its own to see the whole traceback",
     )
-
-
-def _summary(raised: BaseException) -> str:
-    """The exception's class and the first line of its text; a text that cannot be made is left out."""
-    try:
-        text = str(raised).strip().splitlines()
-    except Exception:  # a user's exception may fail to describe itself
-        text = []
-    return f"{type(raised).__name__}{f': {text[0][:LONGEST]}' if text else ''}"
 
 
 def _import(file: Path, error: type[DeployError]) -> ModuleType:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deploy.claims import read_claims
-from targets.errors import ModelError, UsageError
+from deploy.untrusted import read_claims
+from targets.errors import ModelError, UsageError, first_line
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
@@ -145,10 +145,9 @@ def _own_tensors(module: nn.Module, origin: str) -> dict[str, Tensor]:
 
 
 def _unloadable(origin: str, error: Exception) -> ModelError:
-    text = str(error).strip().splitlines()
     return ModelError(
         f"{origin} cannot be loaded into the model",
-        found=f"{type(error).__name__}: {text[0][:LONGEST] if text else ''}",
+        found=first_line(error),
         expected="a module whose state_dict and load_state_dict agree",
         fix="run a lazy module once in the factory, or correct the module",
     )
@@ -191,10 +190,9 @@ def _some(names: list[str]) -> str:
 
 
 def _damaged(file: Path, error: BaseException) -> ModelError:
-    text = str(error).strip().splitlines()
     return ModelError(
         f"the weights {file.name} cannot be loaded",
-        found=f"{type(error).__name__}: {text[0][:LONGEST] if text else ''}",
+        found=first_line(error),
         expected="an undamaged safetensors file, or a checkpoint of tensors that loads with weights_only",
         fix="save it again, best as safetensors",
     )

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from calibration.spec import TensorSpec
 from exporters.quiet import quiet
-from targets.errors import ModelError, UsageError
+from targets.errors import ModelError, UsageError, first_line
 
 OWN_PACKAGES = ("targets", "calibration", "exporters", "deploy")
 SITE_PACKAGES = "site-packages"
@@ -170,12 +170,6 @@ def flatten_outputs(outputs: Any) -> list[Tensor]:
     """The tensors of whatever a forward returned: a tensor, tuple, dictionary or dataclass."""
     _register(outputs)
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
-def first_line(error: BaseException) -> str:
-    """An exception as its class and the first line of its message."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def user_line(error: BaseException) -> str:

@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 
 from calibration.spec import TensorSpec
 from exporters.base import Artifact, Delegated, Operator, Quantization
-from exporters.capture import first_line, plain_convolutions
+from exporters.capture import plain_convolutions
 from exporters.quiet import quiet
 from exporters.rewrites import copied, prefer_delegated_forms
-from targets.errors import DeployError, IntegrityError, ModelError, UsageError
+from targets.errors import DeployError, IntegrityError, ModelError, UsageError, first_line
 
 REFUSED_OPERATORS = {
     "while_loop": "ExecuTorch 1.4 does not emit while_loop; unroll it, or use scan with a fixed length"

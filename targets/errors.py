@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+LONGEST_LINE = 300
+
 COMMANDS = ("pip ", "deploy ", "make ", "adb ", "sudo ")
 """A fix that starts so is to be typed: it keeps its small letter."""
 
@@ -105,3 +107,12 @@ def nearest(word: str, known: "list[str] | tuple[str, ...]", count: int = 3) -> 
         return SequenceMatcher(None, word.lower(), candidate.lower()).ratio()
 
     return sorted(sorted(known), key=likeness, reverse=True)[:count]
+
+
+def first_line(error: BaseException) -> str:
+    """An exception as its class and the first line of its text, shortened; safe for any user's exception."""
+    try:
+        text = str(error).strip().splitlines()
+    except Exception:  # a user's exception may fail to describe itself
+        text = []
+    return f"{type(error).__name__}: {text[0][:LONGEST_LINE]}" if text else type(error).__name__

@@ -23,9 +23,9 @@ from calibration import compare
 from calibration.dataset import Dataset
 from deploy.validation.remote import RemoteSession
 from exporters.base import Delegated, Quantization, find_exporter
-from exporters.capture import Captured, call_module, capture, first_line, flatten_outputs, trace
+from exporters.capture import Captured, call_module, capture, flatten_outputs, trace
 from exporters.quiet import quiet
-from targets.errors import DeployError
+from targets.errors import DeployError, first_line
 
 Array = np.ndarray[Any, Any]
 Inputs = Mapping[str, Array]

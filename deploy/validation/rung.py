@@ -19,8 +19,8 @@ from deploy.validation import metrics
 from deploy.validation.metrics import CUSTOM, Drop
 from deploy.validation.remote import RemoteSession
 from deploy.validation.result import Validated
-from exporters.capture import call_module, first_line, flatten_outputs, user_line
-from targets.errors import ModelError, UsageError, WrongOutputsError
+from exporters.capture import call_module, flatten_outputs, user_line
+from targets.errors import ModelError, UsageError, WrongOutputsError, first_line
 
 Array = np.ndarray[Any, Any]
 Predict = Callable[[Mapping[str, Array]], dict[str, Array]]

@@ -24,7 +24,8 @@ TRAINED = ["resnet20", "resnet56", "resnet8", "ds_cnn"]
 RANDOM = ["mobilenet_v2", "resnet18"]
 CONTROL_FLOW = ["cond", "scan", "lstm", "dict_output"]
 BUILDABLE = [*TRAINED, "minilm", *RANDOM, *CONTROL_FLOW]
-PRUNED = [*TRAINED, "cond", "dict_output"]
+PRUNED = [*TRAINED, "dict_output"]
+UNPRUNABLE = ["cond", "scan", "lstm"]
 LARGEST_BATCH = {"minilm": 8, "mobilenet_v2": 2, "resnet18": 2}
 
 # A program is weights and about 20 kB of instructions and scales, which int8 does not shrink: of
@@ -180,6 +181,12 @@ def test_pruning_reaches_what_was_asked_or_says_why_not(built: Any) -> None:
     pruned, dense = built.rungs["pruned-float"], built.rungs["dense-float"]
     assert pruned.parameters < dense.parameters
     assert pruned.sparsity == pytest.approx(1 - pruned.macs / dense.macs, abs=1e-4)
+
+
+@each(*UNPRUNABLE)
+def test_where_nothing_can_be_pruned_the_dense_rungs_ship_and_a_warning_says_so(built: Any) -> None:
+    assert any("nothing was pruned" in warning for warning in built.manifest.warnings)
+    assert not any(name.startswith("pruned") for name in built.rungs)
 
 
 @each("minilm")
