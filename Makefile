@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONDONTWRITEBYTECODE = 1
 
-.PHONY: demo test test-real lint docs clean
+.PHONY: demo test test-real models lint docs clean
 
 demo: $(VENV)/.all ## Build examples/digits for a Galaxy S22 and print its table
 	$(BIN)/deploy build -c examples/digits --target galaxy-s22
@@ -15,6 +15,9 @@ test: $(VENV)/.dev ## Everything that needs no data from elsewhere; at most 15 m
 
 test-real: $(VENV)/.dev ## Real trained models from EDGE_DEPLOY_DATA (default ../shared/data); at most 30 minutes
 	$(BIN)/python -m pytest tests/real -m real
+
+models: $(VENV)/.dev ## Builds the real models and writes docs/models.md; the builds stay in build/models
+	$(BIN)/python tests/real/report.py docs/models.md build/models
 
 lint: $(VENV)/.dev ## What pre-commit and CI check
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
