@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             objective="size",
         )
         for name, (sparsity, epochs) in {
-            "digits": (0.5, 12), "ds_cnn": (0.4, 12), "resnet20": (0.5, 8), "resnet56": (0.5, 4),
+            "digits": (0.5, 12), "ds_cnn": (0.4, 12), "resnet20": (0.3, 4),
         }.items()
     },
 }  # fmt: skip
@@ -233,7 +233,10 @@ def pruning_pays(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One entry for each model and setting."""
     return [
-        entry(name, setting, arguments, folder) for setting in arguments.settings for name in arguments.models
+        entry(name, setting, arguments, folder)
+        for setting in arguments.settings
+        for name in arguments.models
+        if name in SETTINGS[setting]
     ]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import stat
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ MANIFEST = "manifest.json"
 LOGS = "logs"
 SCRATCH = ".new-"
 WAIT_S = 0.2
+OPEN_ATTEMPTS = 20
 
 
 @contextlib.contextmanager
@@ -131,14 +133,13 @@ def _make(folder: Path) -> list[Path]:
     missing = []
     try:
         for path in (folder, *folder.parents):
-            if os.path.lexists(path):
-                _check_folder(path)
+            if _check_folder(path):
                 break
             missing.append(path)
-        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, folder) from error
-    if not os.access(folder, os.W_OK):
+    os.close(_open(folder))
+    if not os.access(folder, os.W_OK) and folder.exists():
         raise MissingRequirementError(
             f"cannot write to {folder}",
             found="a folder that may not be written to",
@@ -148,14 +149,20 @@ def _make(folder: Path) -> list[Path]:
     return missing
 
 
-def _check_folder(path: Path) -> None:
-    if not path.is_dir():
-        raise UsageError(
-            "the output folder cannot be made",
-            found=f"{path} is {'a broken link' if path.is_symlink() else 'a file'}",
-            expected="a folder",
-            fix="choose another -o/--output-dir",
-        )
+def _check_folder(path: Path) -> bool:
+    """Whether the folder is there, by one look: it may come and go. Raises UsageError for anything else."""
+    try:
+        if stat.S_ISDIR(path.stat().st_mode):
+            return True
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.is_symlink():
+            return False
+    raise UsageError(
+        "the output folder cannot be made",
+        found=f"{path} is {'a broken link' if path.is_symlink() else 'a file'}",
+        expected="a folder",
+        fix="choose another -o/--output-dir",
+    )
 
 
 def _acquire(folder: Path, announce: Callable[[str], None]) -> int:
@@ -163,11 +170,7 @@ def _acquire(folder: Path, announce: Callable[[str], None]) -> int:
 
     told = False
     while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder, os.O_RDONLY)
-        except OSError as error:
-            raise disk_error(error, folder) from error
+        handle = _open(folder)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -183,3 +186,17 @@ def _acquire(folder: Path, announce: Callable[[str], None]) -> int:
         if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
             return handle
         os.close(handle)
+
+
+def _open(folder: Path) -> int:
+    """A handle of the folder; tried again when another build removes it, still empty, in between."""
+    for attempt in range(OPEN_ATTEMPTS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return os.open(folder, os.O_RDONLY)
+        except (FileExistsError, FileNotFoundError) as error:
+            if attempt == OPEN_ATTEMPTS - 1:
+                raise disk_error(error, folder) from error
+        except OSError as error:
+            raise disk_error(error, folder) from error
+    raise AssertionError("the last attempt returns or raises")

@@ -145,3 +145,24 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, place: str) -> N
         publish.locked(tmp_path / place, print),
     ):
         pytest.fail("the lock was given")
+
+
+def test_builds_that_make_and_remove_the_folder_in_turn_never_trip_over_each_other(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    def often() -> None:
+        try:
+            for _ in range(60):
+                with publish.locked(tmp_path / "a" / "out", lambda text: None):
+                    pass
+        except BaseException as error:
+            errors.append(error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(publish, "WAIT_S", 0.0)
+        threads = [threading.Thread(target=often) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert errors == []
