@@ -3,8 +3,8 @@
 import contextlib
 import os
 import shutil
-import stat
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
