@@ -25,6 +25,12 @@ lint: $(VENV)/.dev ## What pre-commit and CI check
 docs: $(VENV)/.dev ## Writes the generated pages of docs/ again
 	$(BIN)/python -m deploy.reference docs
 
+bench: $(VENV)/.dev ## Measures start-up, overhead and gains, and writes docs/performance.md; wants a quiet machine
+	$(BIN)/python -m benchmarks.start_up -o benchmarks/results
+	$(BIN)/python -m benchmarks.overhead -o benchmarks/results
+	$(BIN)/python -m benchmarks.gains -o benchmarks/results
+	$(BIN)/python -m benchmarks.render
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/*/build
 

@@ -114,7 +114,7 @@ def accuracy(predict: Predict, images: Tensor, labels: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    # CPython 3.11 maps and unmaps memory at each call that crosses the end of a piece of its frame stack. On the
-    # main thread torch's lowering happens to sit there and loses 3 s of system time; on a thread it does not.
+    # CPython 3.11 maps and unmaps memory at each call that crosses the end of a piece of its frame stack. On
+    # the main thread torch's lowering sits there and loses 3 s of system time; on a thread it does not.
     with ThreadPoolExecutor(1) as pool:
         pool.submit(main, Path(sys.argv[1])).result()

@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             objective="size",
         )
         for name, (sparsity, epochs) in {
-            "digits": (0.5, 12), "ds_cnn": (0.4, 12), "resnet20": (0.3, 4),
+            "digits": (0.5, 12), "ds_cnn": (0.4, 12), "resnet20": (0.5, 8),
         }.items()
     },
 }  # fmt: skip

@@ -47,7 +47,8 @@ def layer_sensitivity(module: nn.Module, inputs: Inputs, *, bits: int = 8) -> li
     """
     if not inputs or bits < 2:
         raise UsageError("sensitivity needs inputs and at least 2 bits", found=f"{len(inputs)}, {bits} bits")
-    with evaluating(module), torch.no_grad():
+    # Eagerly: torch.cond and scan compile their branches, and a compiled branch may not hold these hooks.
+    with evaluating(module), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LAYERS)}
         with _observed(layers) as ranges:
             reference = _outputs(module, inputs)
