@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONDONTWRITEBYTECODE = 1
 
-.PHONY: demo test test-real models lint docs clean
+.PHONY: demo test test-real models lint docs bench clean
 
 demo: $(VENV)/.all ## Build examples/digits for a Galaxy S22 and print its table
 	$(BIN)/deploy build -c examples/digits --target galaxy-s22

@@ -93,11 +93,15 @@ def _machine(manifest: Manifest) -> str:
         if name in manifest.environment.packages
     )
     return (
-        f"Measured in {manifest.created_at[:7]} on {manifest.environment.cpu}, {manifest.environment.os}, "
-        f"Python {manifest.environment.python}, {versions}, {manifest.recommended.threads} thread.\n"
+        f"Measured in {manifest.created_at[:7]} on {manifest.environment.cpu}, {manifest.environment.os.partition('-')[0]}, "
+        f"Python {manifest.environment.python}, {versions}, {_threads(manifest.recommended.threads)}.\n"
         "**The latencies are this machine's, not a phone's**: the rungs were chosen by host proxy, and "
         "`deploy validate`\nwith a phone attached would measure them there."
     )
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def _cells(name: str, manifest: Manifest) -> list[str]:
