@@ -92,8 +92,9 @@ def _machine(manifest: Manifest) -> str:
         for name in ("torch", "executorch", "torchao", "torch-pruning")
         if name in manifest.environment.packages
     )
+    system = manifest.environment.os.partition("-")[0]
     return (
-        f"Measured in {manifest.created_at[:7]} on {manifest.environment.cpu}, {manifest.environment.os.partition('-')[0]}, "
+        f"Measured in {manifest.created_at[:7]} on {manifest.environment.cpu}, {system}, "
         f"Python {manifest.environment.python}, {versions}, {_threads(manifest.recommended.threads)}.\n"
         "**The latencies are this machine's, not a phone's**: the rungs were chosen by host proxy, and "
         "`deploy validate`\nwith a phone attached would measure them there."
