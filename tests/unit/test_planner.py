@@ -109,3 +109,9 @@ def test_the_plan_as_json_has_the_keys_of_the_contract() -> None:
     assert {"target", "chip", "runtime", "pattern", "precision", "steps", "refused"} <= content.keys()
     assert {"name", "accepts", "produces", "reason"} == content["steps"][0].keys()
     assert {"what", "reason", "instead"} == content["refused"][0].keys()
+
+
+def test_keys_that_nothing_acts_on_yet_are_told_and_not_ignored_in_silence() -> None:
+    notes = planned(budget={"speedup": 2.0}).notes
+    assert any("budget.speedup" in note and "not read" in note for note in notes)
+    assert not any("not read" in note for note in planned().notes)
