@@ -326,17 +326,5 @@ def _notes(
         notes.append("calibration data is synthetic: int8 ranges are guesses")
     if project.tables.evaluate is None or project.tables.evaluate.source == "synthetic":
         notes.append("accuracy stays unmeasured: there is no real [evaluate] data")
-    notes += [f"{key} of deploy.toml is not read by this version" for key in _unread(project)]
+    notes += [f"{key} of deploy.toml is not read by this version" for key in project.unread()]
     return tuple(notes)
-
-
-def _unread(project: Project) -> list[str]:
-    """Keys of the contract that are set and that nothing here acts on yet."""
-    tables = project.tables
-    given = {
-        "budget.speedup": tables.budget.speedup,
-        "recover.on_miss": tables.recover and tables.recover.on_miss,
-        "calibration.tokenizer": tables.calibration and tables.calibration.tokenizer,
-        "evaluate.tokenizer": tables.evaluate and tables.evaluate.tokenizer,
-    }
-    return [key for key, value in given.items() if value]

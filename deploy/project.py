@@ -200,6 +200,17 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
         """The inputs in the order of deploy.toml."""
         return tuple(_spec(name, table) for name, table in self.tables.inputs.items())
 
+    def unread(self) -> list[str]:
+        """Keys of the contract that are set and that nothing in this version acts on."""
+        tables = self.tables
+        given = {
+            "budget.speedup": tables.budget.speedup,
+            "recover.on_miss": tables.recover and tables.recover.on_miss,
+            "calibration.tokenizer": tables.calibration and tables.calibration.tokenizer,
+            "evaluate.tokenizer": tables.evaluate and tables.evaluate.tokenizer,
+        }
+        return [key for key, value in given.items() if value]
+
     def for_target(self, *names: str) -> "Project":
         """The project with the tables of [target.NAME] laid over, for any of these names."""
         data = msgspec.to_builtins(self.tables)
