@@ -171,7 +171,7 @@ def record(name: str, body: Mapping[str, Any]) -> dict[str, Any]:
 
 def shown_command(name: str, arguments: Sequence[str]) -> str:
     """The command line without the folders of this machine."""
-    shown = [Path(word).name if os.sep in word else word for word in arguments]
+    shown = [Path(word).name if os.path.isabs(word) else word for word in arguments]
     return " ".join(["python -m", f"benchmarks.{name}", *shown])
 
 

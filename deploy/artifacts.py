@@ -1,5 +1,7 @@
 """From a variant to an artifact on disk: quantized in a rung's precision, exported, opened."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +65,7 @@ class Artifacts:
     def __init__(self, bench: Workbench, variants: Variants) -> None:
         self._bench = bench
         self._variants = variants
+        self._sessions: dict[str, RemoteSession] = {}
 
     def make(self, rung: RungPlan) -> BuiltArtifact:
         """The rung's artifact. Raises ModelError when the runtime cannot hold it."""
@@ -83,8 +86,43 @@ class Artifacts:
         info: Exported = read_json(entry.folder / "export.json", Exported)
         return BuiltArtifact(rung=rung, key=entry.folder.name, file=entry.folder / info.file, info=info)
 
-    def open(self, artifact: BuiltArtifact) -> "RemoteSession":
-        """The artifact in a process of its own. Raises WrongOutputsError when its runtime refuses it."""
+    @contextmanager
+    def session(self, artifact: BuiltArtifact) -> "Iterator[RemoteSession]":
+        """The artifact in a process of its own, which stays for later stages unless something fails in it.
+
+        Raises WrongOutputsError when the artifact's runtime refuses it.
+        """
+        if artifact.key not in self._sessions:
+            self._sessions[artifact.key] = self._open(artifact)
+        try:
+            yield self._sessions[artifact.key]
+        except BaseException:
+            self.end(artifact)
+            raise
+
+    def end(self, artifact: BuiltArtifact) -> None:
+        """Ends the artifact's process, if it has one."""
+        if session := self._sessions.pop(artifact.key, None):
+            session.close()
+
+    def close(self) -> None:
+        """Ends all processes."""
+        while self._sessions:
+            self._sessions.popitem()[1].close()
+
+    def quantization(self, rung: RungPlan) -> Quantization:
+        """How the rung is quantized."""
+        observer = self._bench.tables.quantize.observer
+        return Quantization(observer=observer, keep_float=tuple(sorted(self._float_layers(rung))))
+
+    def sensitivity(self, rung: RungPlan) -> list[LayerSensitivity]:
+        """Each layer's own quantization noise, on calibration data; empty for rungs without static int8."""
+        if rung.precision != "int8":
+            return []
+        kept = self._float_layers(rung)
+        return [msgspec.structs.replace(each, kept_float=each.layer in kept) for each in self._measured(rung)]
+
+    def _open(self, artifact: BuiltArtifact) -> "RemoteSession":
         from deploy.validation.remote import RemoteSession
 
         by_name = {spec.name: spec for spec in self._bench.specs}
@@ -101,18 +139,6 @@ class Artifacts:
                 f"the runtime refuses what was just made for {artifact.rung.name}",
                 found=error.message.rstrip("."),
             ) from error
-
-    def quantization(self, rung: RungPlan) -> Quantization:
-        """How the rung is quantized."""
-        observer = self._bench.tables.quantize.observer
-        return Quantization(observer=observer, keep_float=tuple(sorted(self._float_layers(rung))))
-
-    def sensitivity(self, rung: RungPlan) -> list[LayerSensitivity]:
-        """Each layer's own quantization noise, on calibration data; empty for rungs without static int8."""
-        if rung.precision != "int8":
-            return []
-        kept = self._float_layers(rung)
-        return [msgspec.structs.replace(each, kept_float=each.layer in kept) for each in self._measured(rung)]
 
     def _export(self, rung: RungPlan, folder: Path) -> None:
         from exporters.capture import capture

@@ -1,5 +1,6 @@
 """`deploy build`: the plan carried out, the rungs judged, and one of them published."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,9 +93,9 @@ def run_build(plan: Plan, options: BuildOptions, announce: Announce = lambda tex
             refresh=not options.use_cache,
             announce=announce,
         )
-        pipeline = Pipeline(bench)
-        rungs = pipeline.rungs()
-        report, shipped = _decide(plan, pipeline, rungs, options, folder)
+        with contextlib.closing(Pipeline(bench)) as pipeline:
+            rungs = pipeline.rungs()
+            report, shipped = _decide(plan, pipeline, rungs, options, folder)
         files = _files(plan, report, shipped, rungs, options)
         publish.publish(folder, files, encode(report.manifest))
     return Build(folder=folder, report=report, marked=_mark(report.manifest, options))

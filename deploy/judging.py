@@ -79,7 +79,7 @@ class Judging:
     def _validate(self, artifact: BuiltArtifact, folder: Path) -> None:
         from deploy.validation.rung import validate
 
-        with self._artifacts.open(artifact) as session:
+        with self._artifacts.session(artifact) as session:
             validated = validate(
                 session,
                 self._variants.module(artifact.rung.pruned),
@@ -161,7 +161,7 @@ class Judging:
         data, outputs = self._bench.data.report, artifact.output_names
         assert data is not None
         dense = self._dense_outputs(data, outputs)
-        with self._artifacts.open(artifact) as session:
+        with self._artifacts.session(artifact) as session:
             drop = measure_drop(session.run, dense, data, self._judge(), outputs)
         write_json(folder / "report.json", drop)
 
@@ -170,7 +170,9 @@ class Judging:
 
         inputs = self._bench.data.parity.batch(0, self._bench.batch(1))
         with ExitStack() as stack:
-            sessions = {each.rung.name: stack.enter_context(self._artifacts.open(each)) for each in artifacts}
+            sessions = {
+                each.rung.name: stack.enter_context(self._artifacts.session(each)) for each in artifacts
+            }
             for session in sessions.values():
                 session.prepare(inputs)
             timings = time_interleaved(sessions)

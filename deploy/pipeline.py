@@ -41,6 +41,10 @@ class Pipeline:
         self.artifacts = Artifacts(bench, self.variants)
         self.judging = Judging(bench, self.variants, self.artifacts)
 
+    def close(self) -> None:
+        """Ends the processes that the stages kept."""
+        self.artifacts.close()
+
     def rungs(self) -> list[RungResult]:
         """Every rung of the plan: made, validated and timed. Raises for a wrong float32 export."""
         made = [self._make(rung) for rung in self._planned()]
@@ -69,6 +73,8 @@ class Pipeline:
                 raise
             return replace(result, dropped=error.message)
         validated: Validated = read_json(entry.folder / "validated.json", Validated)
+        if validated.wrong:
+            self.artifacts.end(artifact)
         return replace(result, validated=validated, golden=entry.folder, dropped=validated.wrong)
 
     def _wants_mixed(self, rung: RungResult, made: list[RungResult]) -> bool:

@@ -43,14 +43,18 @@ def real_data(preparation: ModuleType) -> Path:
 def real_project(preparation: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A project's folder by name, prepared at the first call; skips when data or a download are missing."""
     folder = tmp_path_factory.mktemp("real")
+    ready: set[str] = set()
+    missing: dict[str, str] = {}
 
     def prepared(name: str) -> Path:
-        work = folder / name
-        if not work.exists():
+        if name not in ready | missing.keys():
             try:
                 preparation.prepare(name, folder)
+                ready.add(name)
             except preparation.NotObtainableError as reason:
-                pytest.skip(f"{name}: {reason}")
-        return work
+                missing[name] = f"{name}: {reason}"
+        if name in missing:
+            pytest.skip(missing[name])
+        return folder / name
 
     return prepared

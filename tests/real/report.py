@@ -37,7 +37,7 @@ claims.
 LEGEND = """
 - Size is the program's file. Accuracy is the metric on the evaluation data, in percent (for minilm the mean
   cosine between a sentence's embedding and the float model's). Latency is the median of one call with a batch
-  of one and its 95% interval.
+  of one and its 95% interval; a wide one means that the machine was busy with other work, too.
 - Drop is in points against the dense float module on the same samples, with its paired 95% interval.
 - Delegated: operators that run in XNNPACK, of all operators of the shipped program.
 - The evaluation data also chose among the rungs. The CIFAR networks have seen the training pictures that
