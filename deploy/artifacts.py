@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -70,14 +70,13 @@ class Artifacts:
     def make(self, rung: RungPlan) -> BuiltArtifact:
         """The rung's artifact. Raises ModelError when the runtime cannot hold it."""
         tables = self._bench.tables
-        integers = rung.precision.startswith("int")
         ingredients = {
             "module": self._variants.key(rung.pruned),
             "runtime": self._bench.plan.runtime.name,
             "precision": rung.precision,
             "outputs": list(tables.outputs),
-            "quantize": msgspec.to_builtins(tables.quantize) if integers else None,
-            "calibration": self._bench.data_key("calibration") if integers else None,
+            "quantize": msgspec.to_builtins(tables.quantize) if rung.quantized else None,
+            "calibration": self._bench.data_key("calibration") if rung.quantized else None,
             "kept_float": sorted(self._float_layers(rung)),
         }
         entry = self._bench.stage(
@@ -115,6 +114,11 @@ class Artifacts:
         observer = self._bench.tables.quantize.observer
         return Quantization(observer=observer, keep_float=tuple(sorted(self._float_layers(rung))))
 
+    def calibration(self, rung: RungPlan) -> list[dict[str, Any]]:
+        """The batches that ranges are learned from; none for a rung without integers, but checked alike."""
+        data = self._bench.data.calibration
+        return list(data.batches(self._bench.batch())) if rung.quantized else []
+
     def sensitivity(self, rung: RungPlan) -> list[LayerSensitivity]:
         """Each layer's own quantization noise, on calibration data; empty for rungs without static int8."""
         if rung.precision != "int8":
@@ -151,7 +155,7 @@ class Artifacts:
         artifact = exporter.export(
             captured,
             precision=rung.precision,
-            calibration=list(bench.data.calibration.batches(bench.batch())),
+            calibration=self.calibration(rung),
             quantization=self.quantization(rung),
             file=file,
         )

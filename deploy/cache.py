@@ -91,28 +91,15 @@ class Cache:
             if record := self._read(folder, touch=False):
                 yield folder, record
 
-    def verify(self) -> list[Path]:
-        """Entries whose files are not what their record says."""
-        return [folder for folder, record in self.entries() if _hashes(folder) != record.files]
-
     def remove(self, folder: Path) -> None:
         """Removes one entry, the record first so that no half of it is ever found."""
         (folder / RECORD).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def prune(self, *, older_than_days: float | None) -> int:
-        """Removes entries unused for so long (None: all of them, and leftovers). Returns bytes freed."""
-        limit = None if older_than_days is None else time.time() - older_than_days * 86400
-        freed = 0
-        for folder, _ in list(self.entries()):
-            if limit is None or (folder / RECORD).stat().st_mtime < limit:
-                freed += folder_size(folder)
-                self.remove(folder)
-        if limit is None:
-            for leftover in ("stages", "tmp", "slots", "sources", "resume"):
-                freed += folder_size(self.root / leftover)
-                shutil.rmtree(self.root / leftover, ignore_errors=True)
-        return freed
+    def clear(self) -> None:
+        """Removes everything: entries, leftovers, what is known of sources, checkpoints."""
+        for part in ("stages", "tmp", "slots", "sources", "resume"):
+            shutil.rmtree(self.root / part, ignore_errors=True)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:

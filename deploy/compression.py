@@ -14,9 +14,9 @@ from calibration import sources
 from calibration.dataset import Dataset
 from calibration.spec import DTYPES, TensorSpec
 from deploy import project
+from deploy.modes import evaluating
 from deploy.planner import Pruning, make_plan
 from deploy.pruning.channels import Loss, prune_channels
-from deploy.pruning.forward import evaluation
 from deploy.pruning.objective import calibration_loss
 from exporters.capture import check_forward, order_inputs
 from targets.catalog import find
@@ -102,7 +102,7 @@ def _samples(module: nn.Module, data: Arrays, origin: str) -> Dataset:
         raise UsageError(f"{origin} holds no input", expected="samples by input name", fix="add them")
     ordered, _ = order_inputs(module, specs)
     dataset = sources.from_arrays(arrays, ordered, origin=origin)
-    with evaluation(module):
+    with evaluating(module):
         check_forward(module, ordered)
     return dataset
 
@@ -226,7 +226,7 @@ def _within(
 
 
 def _score(evaluate: Evaluate, module: nn.Module) -> float:
-    with evaluation(module), torch.no_grad():
+    with evaluating(module), torch.no_grad():
         score = float(evaluate(module))
     if not math.isfinite(score):
         raise UsageError("evaluate gave no finite number", found=score, expected="a score, higher is better")

@@ -78,7 +78,7 @@ def remove_unused(cache: Cache, days: float) -> Freed:
 def remove_all(cache: Cache) -> Freed:
     """Empties the cache, leftovers of dead builds and checkpoints too; the folder itself stays."""
     before = size(cache)
-    cache.prune(older_than_days=None)
+    cache.clear()
     return Freed(entries=before.entries, size_bytes=before.size_bytes - size(cache).size_bytes)
 
 

@@ -114,7 +114,7 @@ class Judging:
             inputs=artifact.info.input_order,
             outputs=artifact.output_names,
             output_names=list(bench.tables.outputs),
-            calibration=list(bench.data.calibration.batches(bench.batch())),
+            calibration=self._artifacts.calibration(rung),
             quantization=self._artifacts.quantization(rung),
             threads=bench.threads,
         )

@@ -30,6 +30,11 @@ class RungPlan:
     mixed: bool = False
 
     @property
+    def quantized(self) -> bool:
+        """Whether weights become integers, and calibration data matters."""
+        return self.precision.startswith("int")
+
+    @property
     def name(self) -> str:
         """For example "pruned-int8"; float32 is called float, "-mixed" keeps sensitive layers float."""
         word = RUNG_WORDS.get(self.precision, self.precision)

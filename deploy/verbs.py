@@ -35,14 +35,15 @@ def plan(
 
     `project` is a deploy.toml, its folder, or a Project. Raises UsageError for what does not fit.
     """
-    flags: dict[str, dict[str, Any]] = {
-        "prune": {"sparsity": sparsity, "pattern": pattern, "method": method, "criterion": criterion},
-        "quantize": {"precision": precision},
-    }
+    loaded = project if isinstance(project, Project) else load(Path(project))
     (made,) = plan_targets(
-        project if isinstance(project, Project) else load(Path(project)),
+        loaded,
         [target],
-        flags,
+        sparsity=sparsity,
+        pattern=pattern,
+        method=method,
+        criterion=criterion,
+        precision=precision,
         runtime=runtime,
         objective=objective,
         licences=licences,
@@ -54,15 +55,24 @@ def plan(
 def plan_targets(
     project: Project,
     names: Sequence[str],
-    flags: dict[str, dict[str, Any]],
     *,
-    runtime: str | None,
-    objective: str,
-    licences: Collection[str],
-    ladder: bool,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    method: str | None = None,
+    criterion: str | None = None,
+    precision: str | None = None,
+    runtime: str | None = None,
+    objective: str = "latency",
+    licences: Collection[str] = (),
+    ladder: bool = True,
 ) -> "list[Plan]":
-    """One plan a target, flags laid over deploy.toml; all targets resolve before the first is planned."""
+    """One plan a target, choices laid over deploy.toml; all targets resolve before the first is planned."""
     from targets.catalog import find
+
+    flags: dict[str, dict[str, Any]] = {
+        "prune": {"sparsity": sparsity, "pattern": pattern, "method": method, "criterion": criterion},
+        "quantize": {"precision": precision},
+    }
 
     def planned(target: "Target") -> "Plan":
         tables = project.for_target(target.name, *(chip.name for chip in target.chips))

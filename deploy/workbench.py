@@ -40,6 +40,7 @@ class Workbench:
     data: ProjectData = field(init=False)
     _code: CodeFingerprints = field(init=False)
     _dense: "nn.Module | None" = field(default=None, init=False)
+    _keys: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.data = ProjectData(self.plan.project, self.seed)
@@ -123,7 +124,16 @@ class Workbench:
         return entry
 
     def model_key(self) -> str:
-        """The hash of the model's code and weights."""
+        """The hash of the model's code and weights, taken once a run."""
+        return self._once("model", self._hash_model)
+
+    def _once(self, name: str, make: Callable[[], str]) -> str:
+        """Large files are read once however many stages depend on them."""
+        if name not in self._keys:
+            self._keys[name] = make()
+        return self._keys[name]
+
+    def _hash_model(self) -> str:
         table = self.tables.model
         if huggingface.is_folder(folder := self.plan.project.path(table.source)):
             return huggingface.fingerprint(folder)
@@ -137,6 +147,9 @@ class Workbench:
 
     def data_key(self, name: str) -> str:
         """The hash of one of the project's data tables, with what selects and prepares its samples."""
+        return self._once(name, lambda: self._hash_data(name))
+
+    def _hash_data(self, name: str) -> str:
         table = getattr(self.tables, name)
         settings = [msgspec.to_builtins(each.preprocess) for each in self.tables.inputs.values()]
         source = data_fingerprint(table.source, self.folder, self._code) if table else "synthetic"

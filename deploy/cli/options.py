@@ -49,34 +49,9 @@ _CHOICES = (
 )
 
 
-def plans(
-    config: Path,
-    targets: tuple[str, ...],
-    *,
-    sparsity: float | None,
-    pattern: str | None,
-    method: str | None,
-    criterion: str | None,
-    precision: str | None,
-    runtime: str | None,
-    objective: str,
-    licences: tuple[str, ...],
-    ladder: bool = True,
-) -> "list[Plan]":
-    """One plan a target; all resolve before the first is carried out."""
+def plans(config: Path, targets: tuple[str, ...], **choices: Any) -> "list[Plan]":
+    """One plan a target, with the choices of `choices`; all resolve before the first is carried out."""
     from deploy import project as projects
     from deploy.verbs import plan_targets
 
-    flags: dict[str, dict[str, Any]] = {
-        "prune": {"sparsity": sparsity, "pattern": pattern, "method": method, "criterion": criterion},
-        "quantize": {"precision": precision},
-    }
-    return plan_targets(
-        projects.load(config),
-        targets,
-        flags,
-        runtime=runtime,
-        objective=objective,
-        licences=licences,
-        ladder=ladder,
-    )
+    return plan_targets(projects.load(config), targets, **choices)

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from deploy.modes import evaluating
 from deploy.pruning import layers, scoring
 from deploy.pruning.cost import Cost, count_cost
 from deploy.pruning.delta import ArchitectureDelta, apply_delta, copy_module
-from deploy.pruning.forward import ForwardError, evaluation, forward_outputs
+from deploy.pruning.forward import ForwardError, forward_outputs
 from deploy.pruning.graph import Cell, find_channels
 from deploy.pruning.planning import Request, plan_removal
 from deploy.pruning.selection import TOLERANCE, Selection
@@ -167,7 +168,7 @@ def _working_copy(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Mod
 def _run_once(pruned: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """The forward pass in the module's own precision; what was proven in the working one must run here."""
     try:
-        with evaluation(pruned), torch.no_grad():
+        with evaluating(pruned), torch.no_grad():
             forward_outputs(pruned, tuple(tensor.clone() for tensor in inputs))
     except ForwardError as error:
         raise ModelError(

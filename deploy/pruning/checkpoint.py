@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from deploy.pruning.delta import ArchitectureDelta, TensorDelta, slice_kept
+from deploy.weights import STATE_KEYS
 from targets.errors import ModelError, UsageError
 
-MODEL_KEYS = ("model", "state_dict", "model_state_dict")
 _PREFIXES = ("", "module.", "_orig_mod.")  # what DataParallel and torch.compile put before names
 
 
@@ -28,18 +28,18 @@ def prune_checkpoint(
     """
     if _is_state(checkpoint, delta):
         return _slice_state(checkpoint, delta)
-    if not any(key in checkpoint for key in MODEL_KEYS):
+    if not any(key in checkpoint for key in STATE_KEYS):
         raise ModelError(
             "the checkpoint holds no weights of the model",
             found=f"the keys {', '.join(map(str, list(checkpoint)[:6]))}",
-            expected=f"a state dict, itself or under {', '.join(MODEL_KEYS)}",
+            expected=f"a state dict, itself or under {', '.join(STATE_KEYS)}",
             fix="save {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), ...}",
         )
     result: dict[str, Any] = {}
     for key, value in checkpoint.items():
         if _is_optimizer(value):
             result[key] = _slice_optimizer(value, delta, parameter_order)
-        elif key in MODEL_KEYS or (isinstance(value, Mapping) and _is_state(value, delta)):
+        elif key in STATE_KEYS or (isinstance(value, Mapping) and _is_state(value, delta)):
             result[key] = _slice_state(value, delta)
         else:
             result[key] = value

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deploy.pruning.forward import ForwardError, evaluation, forward_outputs
+from deploy.modes import evaluating
+from deploy.pruning.forward import ForwardError, forward_outputs
 from exporters.quiet import quiet
 from exporters.rewrites import unroll_loops_
 
@@ -40,7 +41,7 @@ def count_macs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, dict
     Loops that the counter cannot follow (scan, map) are written out first; then only the total is known.
     """
     try:
-        with evaluation(module):
+        with evaluating(module):
             counter = _count(module, inputs)
     except ForwardError as error:
         _forget_compiled()
@@ -66,7 +67,7 @@ def _count(module: nn.Module, inputs: tuple[Tensor, ...]) -> FlopCounterMode:
 def _count_written_out(module: nn.Module, inputs: tuple[Tensor, ...], error: ForwardError) -> FlopCounterMode:
     """Counts the exported graph with its loops unrolled; the first error when that does not run either."""
     try:
-        with evaluation(module), quiet(), torch.no_grad():
+        with evaluating(module), quiet(), torch.no_grad():
             graph = torch.export.export(module, inputs, strict=False).module()
         unroll_loops_(graph)
         graph.recompile()

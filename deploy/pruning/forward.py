@@ -66,18 +66,6 @@ def call_order(
 
 
 @contextmanager
-def evaluation(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each submodule's own mode comes back afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-@contextmanager
 def _running_modules(module: nn.Module) -> Iterator[list[str]]:
     # The stack is popped on success only: after an exception its last entry is the module that raised.
     stack: list[str] = []

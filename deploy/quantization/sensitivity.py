@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from calibration.compare import SNR_CAP_DB, snr_db
+from deploy.modes import evaluating
 from deploy.recovery.losses import floating_leaves
-from deploy.recovery.modes import evaluating
 from targets.errors import ModelError, UsageError
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from deploy.modes import evaluating, trainable
 from deploy.recovery import batchnorm, features, losses, resume
-from deploy.recovery.modes import evaluating, trainable
 from deploy.recovery.objective import FEATURE_WEIGHT, Objective, class_count, decide
 from targets.errors import ModelError, UsageError
 

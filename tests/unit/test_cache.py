@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from deploy import inventory
 from deploy.cache import RECORD, Cache, folder_size
 from targets.errors import MissingRequirementError, ModelError
 
@@ -83,9 +84,9 @@ def test_a_damaged_entry_is_made_again(cache: Cache, data: bytes, name: str) -> 
 
 def test_damage_of_equal_length_is_found_by_verify(cache: Cache) -> None:
     entry = cache.stage("s", {}, write_one, slot="p")
-    assert cache.verify() == []
+    assert inventory.damaged(cache) == []
     (entry.folder / "result").write_bytes(b"two")
-    assert cache.verify() == [entry.folder]
+    assert [Path(found.folder) for found in inventory.damaged(cache)] == [entry.folder]
 
 
 def test_a_damaged_slot_only_costs_the_explanation(cache: Cache) -> None:
@@ -101,10 +102,10 @@ def test_entries_unused_for_long_are_pruned_and_used_ones_stay(cache: Cache) -> 
     for folder in (old, new):
         os.utime(folder / RECORD, (0, time.time() - 10 * 86400))
     assert cache.find("s", {"a": 2}) == new  # use counts
-    assert cache.prune(older_than_days=5) > 0
+    assert inventory.remove_unused(cache, 5).size_bytes > 0
     assert not old.exists()
     assert new.exists()
-    cache.prune(older_than_days=None)
+    inventory.remove_all(cache)
     assert folder_size(cache.root) == 0
 
 
