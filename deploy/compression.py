@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,7 @@ from calibration.spec import DTYPES, TensorSpec
 from deploy import project
 from deploy.modes import evaluating
 from deploy.planner import Pruning, make_plan
-from deploy.pruning.channels import Loss, prune_channels
-from deploy.pruning.objective import calibration_loss
+from deploy.pruning.planned import prune_as_planned
 from exporters.capture import check_forward, order_inputs
 from targets.catalog import find
 from targets.errors import MissingRequirementError, ModelError, UsageError, WrongOutputsError
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from deploy.planner import Plan
 
 SPARSITIES = (0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-EXAMPLE_SAMPLES = 32
 MOST_BATCH = 64
 ORIGIN = "data"
 
@@ -88,7 +87,8 @@ def compress(
     settings = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
 
     def make(fraction: float) -> nn.Module:
-        smaller = _prune(module, samples, pruning, fraction, seed)
+        asked = replace(pruning, sparsity=fraction)
+        smaller = prune_as_planned(module, samples, asked, seed=seed).module
         return smaller if training is None or epochs == 0 else _recover(smaller, module, training, settings)
 
     return make(wanted[0]) if evaluate is None else _within(module, make, wanted, evaluate, max_drop)
@@ -156,26 +156,6 @@ def _pruning(plan: "Plan") -> Pruning:
             fix='use pattern="structured"',
         )
     return plan.pruning
-
-
-def _prune(module: nn.Module, samples: Dataset, pruning: Pruning, sparsity: float, seed: int) -> nn.Module:
-    loss: Loss | None = None
-    if pruning.criterion == "taylor":
-        loss = calibration_loss(samples, samples.specs, batch=EXAMPLE_SAMPLES)
-    batch = samples.batch(0, EXAMPLE_SAMPLES)
-    return prune_channels(
-        module,
-        tuple(torch.from_numpy(batch[spec.name]) for spec in samples.specs),
-        sparsity=sparsity,
-        of=pruning.of,  # type: ignore[arg-type]
-        criterion=pruning.criterion,  # type: ignore[arg-type]
-        ranking=pruning.ranking,  # type: ignore[arg-type]
-        min_channels=pruning.min_channels,
-        channel_multiple=pruning.multiple,
-        exclude=pruning.exclude,
-        loss=loss,
-        seed=seed,
-    ).module
 
 
 def _recover(

@@ -1,13 +1,13 @@
 """The modules that rungs are made of: the dense one, and the pruned and recovered one."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from deploy.cache import Entry
 from deploy.manifest import Asked, LayerWidths, RecoveryPoint
-from deploy.workbench import CALIBRATION_BATCH, Workbench, read_json, write_json
+from deploy.workbench import Workbench, read_json, write_json
 from targets.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from deploy.pruning.channels import ChannelPruning
 
 MODULE = "module.safetensors"
-NEEDS_LOSS = ("taylor",)
 
 
 class Pruned(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,8 +98,8 @@ class Variants:
         return bench.stage("prune", ingredients, self._run_prune)
 
     def _run_prune(self, folder: Path) -> None:
-        from deploy.pruning.channels import prune_channels
         from deploy.pruning.delta import save_pruned
+        from deploy.pruning.planned import prune_as_planned
         from exporters.capture import positional
 
         bench, pruning = self._bench, self._bench.plan.pruning
@@ -111,29 +110,12 @@ class Variants:
                 found=", ".join(spec.name for spec in bench.specs),
                 fix="reorder the parameters of forward, or name the ones between in [inputs]",
             )
-        result = prune_channels(
-            bench.dense(),
-            bench.calibration_inputs(bench.dense(), bench.batch()),
-            sparsity=pruning.sparsity,
-            of=pruning.of,  # type: ignore[arg-type] # checked when deploy.toml was read
-            criterion=pruning.criterion,  # type: ignore[arg-type] # checked by the planner
-            ranking=pruning.ranking,  # type: ignore[arg-type] # checked when deploy.toml was read
-            min_channels=pruning.min_channels,
-            channel_multiple=pruning.multiple,
-            exclude=pruning.exclude,
-            loss=self._loss() if pruning.criterion in NEEDS_LOSS else None,
-            seed=bench.seed,
-        )
+        result = prune_as_planned(bench.dense(), bench.data.calibration, pruning, seed=bench.seed)
         save_pruned(result.module, result.delta, folder / MODULE)
         widths = [
             LayerWidths(layer=c.layer, kind=c.kind, before=c.before, after=c.after) for c in result.layers
         ]
         write_json(folder / "pruned.json", Pruned(widths=widths, asked=_asked(result)))
-
-    def _loss(self) -> Any:
-        from deploy.pruning.objective import calibration_loss
-
-        return calibration_loss(self._bench.data.calibration, self._bench.specs, batch=CALIBRATION_BATCH)
 
     def _recover(self) -> Entry | None:
         bench, table = self._bench, self._bench.tables.recover
