@@ -23,6 +23,14 @@ ROOT = Path(__file__).parents[1]
 DEPLOY = str(Path(sys.executable).with_name("deploy"))
 SAMPLE_S = 0.05
 ERROR_TAIL = 2000
+LAUNCHER = """
+import json, os, resource, subprocess, sys
+status = subprocess.call(sys.argv[2:])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(int(sys.argv[1]), "w") as stream:
+    json.dump([used.ru_utime + used.ru_stime, used.ru_maxrss], stream)
+sys.exit(status if status >= 0 else 128 - status)
+"""
 PACKAGES = ("edge-deploy", "torch", "torchao", "executorch", "torch-pruning")
 
 
@@ -52,49 +60,57 @@ class Summary:
 
 
 def run_child(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> Usage:
-    """Runs a command to its end in the repository's root. Raises RuntimeError with its last words."""
-    with tempfile.TemporaryFile() as log:
+    """Runs a command to its end in the repository's root. Raises RuntimeError with its last words.
+
+    A small launcher starts it: Linux counts the starter's own memory into a child's ru_maxrss.
+    """
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as answer:
+        handle = answer.fileno()
         start = time.perf_counter()
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **(env or {})}, stdout=subprocess.DEVNULL, stderr=log
+            [sys.executable, "-I", "-S", "-c", LAUNCHER, str(handle), *command],
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            pass_fds=[handle],
         )
-        status, usage, tree_bytes = _wait(process.pid)
+        tree_bytes = _wait(process)
         wall_s = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             log.seek(0)
             tail = log.read()[-ERROR_TAIL:].decode(errors="replace")
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {tail}")
+        answer.seek(0)
+        cpu_s, peak = json.load(answer)
     unit = 1 if sys.platform == "darwin" else 1024
-    return Usage(
-        cpu_s=usage.ru_utime + usage.ru_stime,
-        wall_s=wall_s,
-        peak_bytes=usage.ru_maxrss * unit,
-        tree_bytes=tree_bytes,
-    )
+    return Usage(cpu_s=cpu_s, wall_s=wall_s, peak_bytes=peak * unit, tree_bytes=tree_bytes)
 
 
-def _wait(pid: int) -> tuple[int, Any, int]:
-    """The exit status, the resources of the process and its waited-for children, the sampled memory."""
+def _wait(process: "subprocess.Popen[bytes]") -> int:
+    """Waits for the launcher; the most memory that all below it held at once, sampled."""
     tree_bytes = 0
-    while True:
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        if done:
-            return status, usage, tree_bytes
-        tree_bytes = max(tree_bytes, _tree_bytes(pid))
+    while process.poll() is None:
+        tree_bytes = max(tree_bytes, sum(_tree_bytes(child) for child in _children(process.pid)))
         time.sleep(SAMPLE_S if tree_bytes else SAMPLE_S / 10)
+    return tree_bytes
 
 
 def _tree_bytes(pid: int) -> int:
     """Proportional set sizes of a process and all below it; what ends meanwhile counts as 0."""
-    folder = Path(f"/proc/{pid}")
     try:
-        lines = (folder / "smaps_rollup").read_text().splitlines()
-        children = (folder / "task" / str(pid) / "children").read_text().split()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
     own = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
-    return own + sum(_tree_bytes(int(child)) for child in children)
+    return own + sum(_tree_bytes(child) for child in _children(pid))
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def interleaved(

@@ -9,6 +9,7 @@ import msgspec
 
 from deploy import ladder, publish
 from deploy.cache import Cache, default_root
+from deploy.disk import locked
 from deploy.environment import versions
 from deploy.lockfile import lock_toml
 from deploy.manifest import (
@@ -85,7 +86,7 @@ def run_build(plan: Plan, options: BuildOptions, announce: Announce = lambda tex
     require_buildable(plan)
     _require_label_files(plan)
     folder = options.output_dir / plan.project.name / plan.target.name
-    with publish.locked(folder, announce):
+    with locked(folder, lambda: announce(f"another build writes {folder}; waiting for it")):
         bench = Workbench(
             plan=plan,
             cache=Cache(default_root()),

@@ -5,7 +5,6 @@ so that a later run can say what changed.
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from targets.errors import MissingRequirementError
+from deploy.disk import disk_told_apart, locked, writable
 
 RECORD = "stage.json"
 CHUNK = 1 << 20
@@ -62,9 +61,12 @@ class Cache:
         *,
         slot: str,
         refresh: bool = False,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> Entry:
         """The entry for these ingredients, made by `make(folder)` when it is not there yet.
 
+        Two processes that want the same entry make it once: the second waits for the first, and calls
+        `on_wait`.
         `slot` names the place of this stage in a project, so that a run can be told from the one before.
         """
         key = digest({"stage": name, **ingredients})
@@ -76,9 +78,14 @@ class Cache:
             )
         why = "the cache was not to be used" if refresh and record else self._explain(slot, ingredients)
         started = time.monotonic()
-        self._make(folder, name, ingredients, make, started)
+        with self.scratch() as scratch, locked(self.root / "making" / key, on_wait):
+            cached = self._read(folder) is not None and not refresh
+            if cached:
+                why = "another build made it meanwhile"
+            else:
+                self._make(folder, name, ingredients, make, scratch / "entry")
         self._remember(slot, key)
-        return Entry(folder=folder, stage=name, cached=False, why=why, seconds=time.monotonic() - started)
+        return Entry(folder=folder, stage=name, cached=cached, why=why, seconds=time.monotonic() - started)
 
     def find(self, name: str, ingredients: Ingredients) -> Path | None:
         """The folder of an entry, None where there is none."""
@@ -98,13 +105,13 @@ class Cache:
 
     def clear(self) -> None:
         """Removes everything: entries, leftovers, what is known of sources, checkpoints."""
-        for part in ("stages", "tmp", "slots", "sources", "resume"):
+        for part in ("stages", "tmp", "slots", "sources", "resume", "making"):
             shutil.rmtree(self.root / part, ignore_errors=True)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """A private folder on the cache's disk, removed afterwards."""
-        with _writable(self.root):
+        with writable(self.root):
             parent = self.root / "tmp"
             parent.mkdir(parents=True, exist_ok=True)
             _sweep(parent)
@@ -115,26 +122,25 @@ class Cache:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _make(
-        self, folder: Path, name: str, ingredients: Ingredients, make: Callable[[Path], None], started: float
+        self, folder: Path, name: str, ingredients: Ingredients, make: Callable[[Path], None], work: Path
     ) -> None:
-        with self.scratch() as scratch:
-            work = scratch / "entry"
-            with _writable(self.root):
-                work.mkdir()
-            with _disk_told_apart(self.root):
-                make(work)
-            with _writable(self.root):
-                record = Record(
-                    stage=name,
-                    ingredients=dict(ingredients),
-                    files=_hashes(work),
-                    sizes={str(file.relative_to(work)): file.stat().st_size for file in _files(work)},
-                    seconds=time.monotonic() - started,
-                    created=time.time(),
-                )
-                (work / RECORD).write_bytes(msgspec.json.encode(record))
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                self._replace(work, folder)
+        started = time.monotonic()
+        with writable(self.root):
+            work.mkdir()
+        with disk_told_apart(self.root):
+            make(work)
+        with writable(self.root):
+            record = Record(
+                stage=name,
+                ingredients=dict(ingredients),
+                files=_hashes(work),
+                sizes={str(file.relative_to(work)): file.stat().st_size for file in _files(work)},
+                seconds=time.monotonic() - started,
+                created=time.time(),
+            )
+            (work / RECORD).write_bytes(msgspec.json.encode(record))
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self._replace(work, folder)
 
     def _replace(self, work: Path, folder: Path) -> None:
         """Puts a finished entry in its place; another process's equal one may already stand there."""
@@ -169,7 +175,7 @@ class Cache:
 
     def _remember(self, slot: str, key: str) -> None:
         file = self._slot(slot)
-        with _writable(self.root):
+        with writable(self.root):
             file.parent.mkdir(parents=True, exist_ok=True)
             scratch = file.with_suffix(f".{os.getpid()}")
             try:
@@ -251,51 +257,3 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-@contextlib.contextmanager
-def _writable(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise disk_error(error, root) from error
-
-
-@contextlib.contextmanager
-def _disk_told_apart(root: Path) -> Iterator[None]:
-    """Tells a full disk from what a stage raises by itself: libraries wrap it in exceptions of their own."""
-    try:
-        yield
-    except MissingRequirementError:
-        raise
-    except Exception as error:
-        cause = _disk_cause(error)
-        if cause is None:
-            raise
-        raise disk_error(cause, root) from error
-
-
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-
-
-def _disk_cause(error: BaseException) -> OSError | None:
-    """The error of a disk behind an exception, None where there is none."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in DISK_ERRORS:
-            return seen
-        for number in DISK_ERRORS:  # Rust's spelling, as safetensors hands it on
-            if f"(os error {number})" in str(seen):
-                return OSError(number, os.strerror(number))
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def disk_error(error: OSError, place: Path) -> MissingRequirementError:
-    """A full disk or a folder that refuses, told with what to do."""
-    return MissingRequirementError(
-        f"cannot write to {place}",
-        found=error.strerror or str(error),
-        expected="a folder with room that may be written to",
-        fix="free space, choose another -o/--output-dir, or set EDGE_DEPLOY_CACHE",
-    )

@@ -14,7 +14,8 @@ import msgspec
 
 from calibration import sources
 from deploy import usercode
-from deploy.cache import digest, disk_error, file_digest
+from deploy.cache import digest, file_digest
+from deploy.disk import disk_error
 from targets.errors import UsageError
 
 

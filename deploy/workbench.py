@@ -117,6 +117,7 @@ class Workbench:
             announced,
             slot=f"{self.folder}\0{self.plan.target.name}\0{name}",
             refresh=self.refresh and first,
+            on_wait=lambda: self.announce(f"{name}: another build is at it; waiting"),
         )
         if first:
             seconds = round(entry.seconds, 3)

@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from deploy.cache import disk_error, file_digest
+from deploy.cache import file_digest
+from deploy.disk import disk_error
 from deploy.environment import environment
 from deploy.manifest import Environment, File, LayerWidths, Value, encode
 from deploy.planner import METHODS as METHOD_NAMES

@@ -9,7 +9,8 @@ import numpy as np
 
 from calibration import compare
 from calibration.spec import TensorSpec
-from deploy.cache import disk_error, file_digest
+from deploy.cache import file_digest
+from deploy.disk import disk_error
 from deploy.environment import this_machine
 from deploy.manifest import Latency, Manifest, Measurement, encode, read
 from deploy.validation.latency import time_interleaved

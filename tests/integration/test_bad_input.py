@@ -736,8 +736,8 @@ def test_json_holds_the_error_alone_on_stdout_even_when_the_factory_prints(
 
 def test_the_lock_of_a_killed_build_does_not_hold(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hold = (
-        "import time; from pathlib import Path; from deploy import publish\n"
-        "with publish.locked(Path('out/tiny/galaxy-s22').absolute(), print):\n"
+        "import time; from pathlib import Path; from deploy.disk import locked\n"
+        "with locked(Path('out/tiny/galaxy-s22').absolute()):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-P", "-c", hold], stdout=subprocess.PIPE, text=True) as holder:

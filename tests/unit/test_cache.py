@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deploy import inventory
-from deploy.cache import RECORD, Cache, folder_size
+from deploy.cache import RECORD, Cache, Entry, folder_size
 from targets.errors import MissingRequirementError, ModelError
 
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -119,6 +120,25 @@ def test_what_a_dead_process_left_is_swept(cache: Cache) -> None:
     with cache.scratch():
         assert not left.exists()
         assert own.exists()
+
+
+def test_two_that_want_the_same_entry_make_it_once_and_the_second_is_told_that_it_waits(cache: Cache) -> None:
+    entries: list[Entry] = []
+    started, waits = threading.Event(), threading.Event()
+
+    def slowly(folder: Path) -> None:
+        started.set()
+        assert waits.wait(30)
+        write_one(folder)
+
+    first = threading.Thread(target=lambda: entries.append(cache.stage("s", {}, slowly, slot="p")))
+    first.start()
+    assert started.wait(30)
+    second = cache.stage("s", {}, pytest.fail, slot="q", on_wait=waits.set)
+    first.join()
+    assert (entries[0].cached, second.cached) == (False, True)
+    assert second.why == "another build made it meanwhile"
+    assert second.folder == entries[0].folder
 
 
 def test_a_cache_below_a_file_is_told(tmp_path: Path) -> None:

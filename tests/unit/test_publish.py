@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -102,67 +101,3 @@ def test_a_file_in_the_place_of_a_folder_is_told_before_anything_changes(tmp_pat
     with pytest.raises(UsageError, match="rungs is a file"):
         publish.publish(tmp_path, NEW, b"new manifest")
     assert contents(tmp_path) == before
-
-
-def test_a_second_build_waits_for_the_first_and_says_so(tmp_path: Path) -> None:
-    told: list[str] = []
-    order: list[str] = []
-
-    def second() -> None:
-        with publish.locked(tmp_path / "out", told.append):
-            order.append("second")
-
-    with publish.locked(tmp_path / "out", told.append):
-        other = threading.Thread(target=second)
-        other.start()
-        other.join(3 * publish.WAIT_S)
-        assert other.is_alive()
-        order.append("first")
-    other.join()
-    assert order == ["first", "second"]
-    assert len(told) == 1
-    assert "waiting" in told[0]
-
-
-def test_a_folder_made_for_a_build_that_failed_is_removed_again(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), publish.locked(tmp_path / "a" / "b" / "c", print):
-        raise ZeroDivisionError
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("place", ["file", "file/below", "link"])
-def test_a_file_where_a_folder_is_expected_is_told(tmp_path: Path, place: str) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(UsageError, match=r"a (file|broken link)"), publish.locked(tmp_path / place, print):
-        pytest.fail("the lock was given")
-
-
-@pytest.mark.parametrize("place", ["/proc/edge-deploy", "n" * 300])
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, place: str) -> None:
-    with (
-        pytest.raises(MissingRequirementError, match="cannot write"),
-        publish.locked(tmp_path / place, print),
-    ):
-        pytest.fail("the lock was given")
-
-
-def test_builds_that_make_and_remove_the_folder_in_turn_never_trip_over_each_other(tmp_path: Path) -> None:
-    errors: list[BaseException] = []
-
-    def often() -> None:
-        try:
-            for _ in range(60):
-                with publish.locked(tmp_path / "a" / "out", lambda text: None):
-                    pass
-        except BaseException as error:
-            errors.append(error)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publish, "WAIT_S", 0.0)
-        threads = [threading.Thread(target=often) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert errors == []
