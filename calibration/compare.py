@@ -157,6 +157,16 @@ def unseen_bound(samples: int, *, level: float = 0.95) -> float:
     return -math.expm1(math.log1p(-level) / samples)
 
 
+def samples_unseen(rate: float, *, level: float = 0.95) -> int | None:
+    """How many samples without the event bound its rate: the least n with unseen_bound(n) <= rate.
+
+    None where no number would do.
+    """
+    if rate <= 0.0:
+        return None
+    return 1 if rate >= 1.0 else math.ceil(math.log1p(-level) / math.log1p(-rate))
+
+
 def median_interval(samples: Array, level: float = 0.95) -> tuple[float, float]:
     """A distribution-free interval of the median between two order statistics.
 

@@ -1,17 +1,16 @@
 """Running a user's forward: its outputs as a flat list, and where it failed in the user's own words."""
 
 import dataclasses
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-_LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+from exporters.capture import user_line
+from targets.errors import first_line
 
 
 class ForwardError(Exception):
@@ -21,7 +20,7 @@ class ForwardError(Exception):
         self.where = where
         self.line = line
         self.cause = cause
-        super().__init__(f"{where} ({line}): {_first_line(cause)}")
+        super().__init__(f"{where} ({line}): {first_line(cause)}")
 
 
 def forward_outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -33,7 +32,9 @@ def forward_outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tenso
         try:
             return flatten_tensors(module(*inputs))
         except Exception as error:
-            raise ForwardError(stack[-1] if stack else "", _user_line(error), error) from error
+            raise ForwardError(
+                stack[-1] if stack else "", user_line(error) or "a line of a library", error
+            ) from error
 
 
 def flatten_tensors(value: Any) -> list[Tensor]:
@@ -98,17 +99,3 @@ def _popper(stack: list[str]) -> Callable[..., None]:
         stack.pop()
 
     return pop
-
-
-def _user_line(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARY_FOLDERS)]
-    if not own:
-        return "source unknown"
-    frame = own[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -83,9 +83,9 @@ def _trace(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
             graph.build_dependency(module, inputs, forward_fn=_traced_outputs, verbose=False)
     except ForwardError as error:
         raise ModelError(
-            f"the forward pass fails in {error.where}: {error}",
-            expected="a module that runs on the example inputs",
-            fix="check the inputs' shapes and dtypes",
+            f"the channels of {type(module).__name__} cannot be traced through {error.where}: {error}",
+            expected="operations that autograd can follow",
+            fix='set [prune] pattern = "none"',
         ) from error
     except Exception as error:
         raise ModelError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.compare import paired_interval, samples_to_settle
+from calibration.compare import paired_interval, samples_to_settle, samples_unseen, unseen_bound
 from targets.errors import UsageError, nearest
 
 Array = np.ndarray[Any, Any]
@@ -27,6 +27,8 @@ class Metric:
     value: Callable[[Array], Array]
     needs_labels: bool = True
     direction: str = "max"
+    hits: bool = False
+    """Whether a sample scores 0 to 1, so that what was seen in none of them is bounded, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +101,11 @@ def compare(
     max_drop: float | None,
     seed: int,
 ) -> Drop:
-    """The drop of a candidate's outputs against the reference's on the same samples, shape (samples, ...)."""
+    """The drop of a candidate's outputs against the reference's on the same samples, shape (samples, ...).
+
+    Where no sample's score differs, the bootstrap's interval would have no width however few they are:
+    the bound of an event that was seen in none of them stands in, about 3/n.
+    """
     ours, theirs = metric.rows(candidate, labels, reference), metric.rows(reference, labels, reference)
     value, base = (float(metric.value(rows.mean(axis=0))) for rows in (ours, theirs))
     if not (np.isfinite(value) and np.isfinite(base)):
@@ -110,7 +116,12 @@ def compare(
         )
     sign = 1.0 if direction == "max" else -1.0
     settle = None
-    if ours.shape[1] == 1 and metric.value is _first:
+    if metric.hits and np.array_equal(ours, theirs):
+        drop, high = 0.0, unseen_bound(len(ours))
+        low = -high
+        if max_drop is not None and low <= max_drop < high:
+            settle = samples_unseen(max_drop)
+    elif ours.shape[1] == 1 and metric.value is _first:
         drop, low, high = paired_interval(sign * theirs[:, 0], sign * ours[:, 0], seed=seed)
         if max_drop is not None and low <= max_drop < high:
             settle = samples_to_settle(sign * theirs[:, 0], sign * ours[:, 0], max_drop=max_drop)
@@ -242,8 +253,8 @@ def _mean_over_present(numerator: Array, denominator: Array) -> Array:
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric(rows=_accuracy, value=_first),
-    "top5": Metric(rows=_top5, value=_first),
+    "accuracy": Metric(rows=_accuracy, value=_first, hits=True),
+    "top5": Metric(rows=_top5, value=_first, hits=True),
     "f1": Metric(rows=_classification_counts, value=_macro_f1),
     "mean-iou": Metric(rows=_segmentation_counts, value=_mean_iou),
     "perplexity": Metric(rows=_log_likelihood, value=_perplexity, direction="min"),

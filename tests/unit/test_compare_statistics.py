@@ -14,6 +14,7 @@ from calibration.compare import (
     median_interval,
     paired_interval,
     samples_to_settle,
+    samples_unseen,
     snr_db,
     top1_agreement,
     unseen_bound,
@@ -174,6 +175,15 @@ def test_unseen_rate_is_the_exact_binomial_bound() -> None:
     for samples in (1, 20, 1000):
         exact = stats.binomtest(0, samples).proportion_ci(confidence_level=0.90, method="exact").high
         assert unseen_bound(samples) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.01, 0.001])
+def test_the_least_number_of_samples_that_bounds_an_unseen_rate(rate: float) -> None:
+    least = samples_unseen(rate)
+    assert least is not None
+    assert unseen_bound(least) <= rate < unseen_bound(least - 1)
+    assert samples_unseen(0.0) is None
+    assert samples_unseen(1.0) == 1
 
 
 @pytest.mark.parametrize("count", [6, 7, 25, 200, 5000])

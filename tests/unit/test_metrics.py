@@ -56,7 +56,17 @@ def test_embedding_cosine_is_one_for_the_reference_itself() -> None:
     np.testing.assert_allclose(metric.rows(vectors * 3, None, vectors), 1.0)
 
 
-@pytest.mark.parametrize("name", ["accuracy", "f1", "perplexity"])
+@pytest.mark.parametrize(("samples", "settled"), [(20, False), (200, False), (299, True), (1000, True)])
+def test_no_difference_in_few_samples_does_not_prove_that_there_is_none(samples: int, settled: bool) -> None:
+    logits, labels = np.tile(LOGITS, (5, 1))[:samples], np.tile(LABELS, 5)[:samples]
+    drop = compare(METRICS["accuracy"], 2 * logits, labels, logits, direction="max", max_drop=0.01, seed=0)
+    assert drop.drop == 0.0
+    assert drop.interval is not None
+    assert (drop.interval[1] <= 0.01) == settled
+    assert drop.to_settle == (None if settled else 299)
+
+
+@pytest.mark.parametrize("name", ["f1", "perplexity"])
 def test_a_rung_equal_to_the_reference_has_no_drop_and_an_interval_of_zero(name: str) -> None:
     direction = METRICS[name].direction
     drop = compare(METRICS[name], LOGITS, LABELS, LOGITS, direction=direction, max_drop=0.01, seed=0)

@@ -109,7 +109,7 @@ def test_a_layer_that_two_paths_share_with_an_lstm_is_left_alone() -> None:
 
 
 def test_a_hard_coded_view_is_named_with_its_source_line() -> None:
-    with pytest.raises(ModelError, match=r"oddities\.py:\d+: .*view\(-1, 512\)"):
+    with pytest.raises(ModelError, match=r"oddities\.py, line \d+: .*view\(-1, 512\)"):
         prune(HardCodedView)
 
 
