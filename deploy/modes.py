@@ -1,9 +1,13 @@
-"""A module's modes and flags, changed for a while and given back."""
+"""A module's modes and flags and torch's threads, changed for a while and given back."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+MOST_THREADS = 16
 
 
 @contextmanager
@@ -33,3 +37,26 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child, mode in modes:
             child.training = mode
+
+
+@contextmanager
+def own_threads() -> Iterator[int]:
+    """As many threads as this process has cores, at most 16, whatever OMP_NUM_THREADS says.
+
+    Sums are split between threads, so their last bits, and after some epochs a trained network, depend on
+    the number.
+    """
+    before = torch.get_num_threads()
+    threads = min(MOST_THREADS, cores())
+    torch.set_num_threads(threads)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

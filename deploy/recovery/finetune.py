@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from deploy.modes import evaluating, trainable
+from deploy.modes import evaluating, own_threads, trainable
 from deploy.recovery import batchnorm, features, losses, resume
 from deploy.recovery.objective import FEATURE_WEIGHT, Objective, class_count, decide
 from targets.errors import ModelError, UsageError
@@ -114,9 +114,8 @@ def recover(
     kept where that scores no worse. All parameters train, also frozen ones; flags and modes come back as
     they were. `masks` maps a parameter's path to True where it may differ from zero; the rest stays zero.
 
-    The same arguments give the same bytes on the same machine and thread count, also after a kill at any
-    moment: the state is kept in `checkpoint`, which the caller removes. `learning_rate` None means 3e-3
-    with batch-norm and 2e-4 without.
+    The same arguments give the same bytes on the same machine, also after a kill at any moment: the state
+    is kept in `checkpoint`, which the caller removes. `learning_rate` None means 3e-3 with batch-norm and 2e-4 without.
 
     Raises UsageError for data that does not fit and ModelError for a model that cannot be trained.
     """
@@ -125,9 +124,17 @@ def recover(
     rate = learning_rate
     if rate is None:
         rate = RATE_WITH_BATCH_NORM if batchnorm.tracked(module) else RATE_WITHOUT
-    settings = _Settings(epochs=epochs, rate=rate, batch_size=batch_size, seed=seed, path=checkpoint)
     held_teacher = nullcontext() if teacher is None else evaluating(teacher)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), held_teacher, trainable(module):
+    with (
+        own_threads() as threads,
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        held_teacher,
+        trainable(module),
+    ):
+        settings = _Settings(
+            epochs=epochs, rate=rate, batch_size=batch_size, seed=seed, threads=threads, path=checkpoint
+        )
         training = _Training(module, teacher, batches, settings, on_progress, masks or {})
         training.run()
     state = training.state
@@ -166,10 +173,14 @@ class _Settings:
     rate: float
     batch_size: int
     seed: int
+    threads: int
     path: Path
 
     def __str__(self) -> str:
-        return f"epochs {self.epochs} rate {self.rate!r} batch {self.batch_size} seed {self.seed}"
+        return (
+            f"epochs {self.epochs} rate {self.rate!r} batch {self.batch_size} seed {self.seed} "
+            f"threads {self.threads}"
+        )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -73,8 +73,9 @@ def test_the_largest_batch_is_the_declared_one_and_not_fifteen(tmp_path: Path) -
         lambda x: x.mean(dim=(2, 3)),
         lambda x: x.mean(dim=(2, 3), keepdim=True).flatten(1),
         lambda x: nn.functional.adaptive_avg_pool2d(x, 1).flatten(1),
+        lambda x: nn.AdaptiveAvgPool2d(1)(x).flatten(1),
     ],
-    ids=["mean", "mean-keepdim", "adaptive-pool"],
+    ids=["mean", "mean-keepdim", "adaptive-pool", "adaptive-pool-module"],
 )
 def test_an_int8_mean_survives_a_batch_that_grows(pool: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
     module = Forward(

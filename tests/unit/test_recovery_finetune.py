@@ -11,6 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from deploy.modes import MOST_THREADS, cores
 from deploy.recovery.finetune import (
     Progress,
     Recovered,
@@ -106,6 +107,18 @@ def test_arguments_come_back_as_they_were(dense: nn.Module, tmp_path: Path) -> N
         assert module[4].weight.requires_grad
         assert all(parameter.grad is None for parameter in module.parameters())
     assert not torch.equal(result.module[4].bias, student[4].bias)
+
+
+@pytest.mark.parametrize("outside", [1, 3])
+def test_training_has_its_own_number_of_threads(dense: nn.Module, tmp_path: Path, outside: int) -> None:
+    before, seen = torch.get_num_threads(), set()
+    torch.set_num_threads(outside)
+    try:
+        run(pruned(dense), dense, tmp_path, on_progress=lambda p: seen.add(torch.get_num_threads()))
+        assert torch.get_num_threads() == outside
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {min(MOST_THREADS, cores())}
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_others(dense: nn.Module, tmp_path: Path) -> None:
