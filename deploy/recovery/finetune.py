@@ -115,7 +115,8 @@ def recover(
     they were. `masks` maps a parameter's path to True where it may differ from zero; the rest stays zero.
 
     The same arguments give the same bytes on the same machine, also after a kill at any moment: the state
-    is kept in `checkpoint`, which the caller removes. `learning_rate` None means 3e-3 with batch-norm and 2e-4 without.
+    is kept in `checkpoint`, which the caller removes. `learning_rate` None means 3e-3 with
+    batch-norm and 2e-4 without.
 
     Raises UsageError for data that does not fit and ModelError for a model that cannot be trained.
     """
