@@ -12,12 +12,15 @@ from deploy.manifest import LayerSensitivity
 from deploy.planner import RungPlan
 from deploy.variants import Variants
 from deploy.workbench import Workbench, read_json, write_json
-from exporters.base import Delegated, Quantization, find_exporter
+from exporters.base import EXPORTERS, Delegated, Form, Quantization, find_exporter
 from targets.errors import IntegrityError, WrongOutputsError
 
 if TYPE_CHECKING:
     from deploy.validation.remote import RemoteSession
+    from exporters.capture import Captured
+    from exporters.onnx import OnnxModel
 
+ONNX = "model.onnx"
 SENSITIVITY_SAMPLES = 32
 SENSITIVITY_LAYERS = 50
 SENSITIVITY_MACS = 1e11
@@ -38,10 +41,25 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
     """export.json: what the export stage knows beside the artifact."""
 
     file: str
+    companions: list[str] = []
     size_bytes: int
     input_order: list[str]
     outputs: list[OutputInfo]
     delegated: Delegated | None
+
+
+class Interface(msgspec.Struct, frozen=True, kw_only=True):
+    """Inputs by name, in the graph's order, and outputs."""
+
+    inputs: list[str]
+    outputs: list[OutputInfo]
+
+
+class Converted(msgspec.Struct, frozen=True, kw_only=True):
+    """onnx.json: what the stage that writes ONNX knows beside the model."""
+
+    interface: Interface
+    modules: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +70,11 @@ class BuiltArtifact:
     key: str
     file: Path
     info: Exported
+
+    @property
+    def files(self) -> list[Path]:
+        """The program, then what it needs beside it."""
+        return [self.file, *(self.file.with_name(name) for name in self.info.companions)]
 
     @property
     def output_names(self) -> list[str]:
@@ -72,8 +95,10 @@ class Artifacts:
         tables = self._bench.tables
         ingredients = {
             "module": self._variants.key(rung.pruned),
-            "runtime": self._bench.plan.runtime.name,
+            "runtime": rung.runtime,
             "precision": rung.precision,
+            "variant": rung.variant,
+            "kernels": [self._bench.plan.saturates, self._bench.plan.signed_activations],
             "outputs": list(tables.outputs),
             "quantize": msgspec.to_builtins(tables.quantize) if rung.quantized else None,
             "calibration": self._bench.data_key("calibration") if rung.quantized else None,
@@ -111,8 +136,15 @@ class Artifacts:
 
     def quantization(self, rung: RungPlan) -> Quantization:
         """How the rung is quantized."""
-        observer = self._bench.tables.quantize.observer
-        return Quantization(observer=observer, keep_float=tuple(sorted(self._float_layers(rung))))
+        plan = self._bench.plan
+        return Quantization(
+            observer=self._bench.tables.quantize.observer,
+            keep_float=tuple(sorted(self._float_layers(rung))),
+            variant=rung.variant,
+            reduce_range=plan.saturates,
+            signed_activations=plan.signed_activations,
+            transformer=any(spec.dtype.startswith("int") for spec in self._bench.specs),
+        )
 
     def calibration(self, rung: RungPlan) -> list[dict[str, Any]]:
         """The batches that ranges are learned from; none for a rung without integers, but checked alike."""
@@ -132,7 +164,7 @@ class Artifacts:
         by_name = {spec.name: spec for spec in self._bench.specs}
         try:
             return RemoteSession(
-                self._bench.plan.runtime.name,
+                artifact.rung.runtime,
                 artifact.file,
                 inputs=[by_name[name] for name in artifact.info.input_order],
                 outputs=artifact.output_names,
@@ -145,28 +177,55 @@ class Artifacts:
             ) from error
 
     def _export(self, rung: RungPlan, folder: Path) -> None:
-        from exporters.capture import capture
-
-        bench = self._bench
-        exporter = find_exporter(bench.plan.runtime.name)
-        module = self._variants.module(rung.pruned)
-        captured = capture(module, bench.specs, output_names=list(bench.tables.outputs))
+        exporter = find_exporter(rung.runtime)
+        source, form = self._source(rung)
         file = folder / f"model{exporter.suffix}"
         artifact = exporter.export(
-            captured,
+            source,
             precision=rung.precision,
             calibration=self.calibration(rung),
             quantization=self.quantization(rung),
             file=file,
         )
+        files = [file, *artifact.companions]
         info = Exported(
             file=file.name,
-            size_bytes=file.stat().st_size,
-            input_order=[spec.name for spec in captured.inputs],
-            outputs=[OutputInfo(name=o.name, shape=list(o.shape), dtype=o.dtype) for o in captured.outputs],
+            companions=[each.name for each in artifact.companions],
+            size_bytes=sum(each.stat().st_size for each in files),
+            input_order=form.inputs,
+            outputs=form.outputs,
             delegated=artifact.delegated,
         )
         write_json(folder / "export.json", info)
+
+    def _source(self, rung: RungPlan) -> "tuple[Captured | OnnxModel, Interface]":
+        """What the rung's exporter starts from, and its inputs and outputs."""
+        if EXPORTERS[rung.runtime].accepts is Form.GRAPH:
+            captured = self._capture(rung.pruned)
+            return captured, _interface(captured)
+        from exporters.onnx import OnnxModel
+
+        ingredients = {"module": self._variants.key(rung.pruned), "outputs": list(self._bench.tables.outputs)}
+        name = f"onnx {'pruned' if rung.pruned else 'dense'}"
+        entry = self._bench.stage(name, ingredients, lambda folder: self._convert(rung.pruned, folder))
+        found: Converted = read_json(entry.folder / "onnx.json", Converted)
+        by_name = {spec.name: spec for spec in self._bench.specs}
+        inputs = tuple(by_name[name] for name in found.interface.inputs)
+        return OnnxModel(file=entry.folder / ONNX, inputs=inputs, modules=found.modules), found.interface
+
+    def _convert(self, pruned: bool, folder: Path) -> None:
+        from exporters.onnx import to_onnx
+
+        captured = self._capture(pruned)
+        model = to_onnx(captured, folder / ONNX)
+        converted = Converted(interface=_interface(captured), modules=dict(model.modules))
+        write_json(folder / "onnx.json", converted)
+
+    def _capture(self, pruned: bool) -> "Captured":
+        from exporters.capture import capture
+
+        bench = self._bench
+        return capture(self._variants.module(pruned), bench.specs, output_names=list(bench.tables.outputs))
 
     def _float_layers(self, rung: RungPlan) -> set[str]:
         """The layers that stay float; in a mixed rung the fewest that halve the noise's amplitude, too."""
@@ -206,6 +265,13 @@ class Artifacts:
         """As many samples as seconds of arithmetic allow: one pass a layer."""
         passes = self._variants.cost(rung.pruned).macs * SENSITIVITY_LAYERS
         return max(1, min(SENSITIVITY_SAMPLES, int(SENSITIVITY_MACS / max(passes, 1))))
+
+
+def _interface(captured: "Captured") -> Interface:
+    return Interface(
+        inputs=[spec.name for spec in captured.inputs],
+        outputs=[OutputInfo(name=o.name, shape=list(o.shape), dtype=o.dtype) for o in captured.outputs],
+    )
 
 
 def _bounded(layer: str, snr_db: float) -> LayerSensitivity:

@@ -22,7 +22,7 @@ from deploy.pipeline import Pipeline, RungResult, accuracy_fails
 from deploy.planner import Plan
 from deploy.recording import (
     accuracy_record,
-    artifact_name,
+    artifact_names,
     budget_lines,
     label_files,
     manifest_record,
@@ -118,7 +118,8 @@ def require_buildable(plan: Plan) -> None:
             expected="structured or dense",
             fix="use --pattern structured",
         )
-    require_packages(plan.runtime.name)
+    for runtime in plan.runtimes:
+        require_packages(runtime.name)
 
 
 def _require_label_files(plan: Plan) -> None:
@@ -221,8 +222,7 @@ def _files(
 
     assert shipped.golden is not None
     assert shipped.artifact is not None
-    program = shipped.artifact.file
-    files: dict[str, Path | bytes] = {artifact_name(program): program, **label_files(plan)}
+    files: dict[str, Path | bytes] = {**artifact_names(shipped.artifact), **label_files(plan)}
     files |= {file.name: file for file in sorted(shipped.golden.glob("*.npz"))}
     files["plan.json"] = encode(report.plan)
     files["report.json"] = encode(report)
@@ -231,8 +231,8 @@ def _files(
     if options.keep_rungs:
         for rung in rungs:
             if rung.artifact is not None:
-                file = rung.artifact.file
-                files[f"rungs/{artifact_name(file, prefix=rung.plan.name)}"] = file
+                prefix = f"rungs/{rung.plan.name.replace('/', '-')}"
+                files |= artifact_names(rung.artifact, prefix=prefix)
     return files
 
 

@@ -137,7 +137,7 @@ def _plan(specs: Sequence[TensorSpec], prune: dict[str, Any], target: str, runti
     inputs = {spec.name: {"shape": list(spec.shape), "dtype": spec.dtype} for spec in specs}
     tables = {"model": {"source": "a module in memory"}, "inputs": inputs, "prune": prune}
     here = project.Project(file=Path.cwd() / "deploy.toml", tables=project.check(tables, origin="compress"))
-    return make_plan(here, find(target), runtime=runtime)
+    return make_plan(here, find(target), runtimes=[runtime] if runtime else ())
 
 
 def _pruning(plan: "Plan") -> Pruning:

@@ -10,11 +10,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from deploy.manifest import Value
 
 DISTRIBUTION = "edge-deploy"
 CORE = ""
 FOR_DEVELOPERS = "dev"
+EVERYTHING = "all"
 
 _REQUIREMENT = re.compile(r"^(?P<name>[\w.-]+)(?:\[(?P<extras>[^]]*)])?\s*(?P<specifier>[^;]*)")
 _EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
@@ -40,13 +43,27 @@ class Requirement(Value, frozen=True, kw_only=True):
 
 
 def requirements() -> tuple[Requirement, ...]:
-    """What the core and each extra for users ask for, own references left out.
+    """What the core and each extra for users ask for; an extra inside another asks for both.
 
     Raises PackageNotFoundError where the distribution is not installed.
     """
     lines = importlib.metadata.requires(DISTRIBUTION) or []
-    parsed = (parse(line) for line in lines)
-    return tuple(each for each in parsed if each.name != DISTRIBUTION and each.extra != FOR_DEVELOPERS)
+    parsed = [parse(line) for line in lines]
+    within = {parse(line).extra: _extras_of(line) for line in lines if parse(line).name == DISTRIBUTION}
+    found = [each for each in parsed if each.name != DISTRIBUTION and each.extra != FOR_DEVELOPERS]
+    for extra, inner in within.items():
+        if extra not in (EVERYTHING, FOR_DEVELOPERS):
+            found += [
+                msgspec.structs.replace(each, extra=extra) for each in tuple(found) if each.extra in inner
+            ]
+    return tuple(found)
+
+
+def _extras_of(line: str) -> tuple[str, ...]:
+    """The extras in the brackets behind a requirement's name."""
+    match = _REQUIREMENT.match(line)
+    named = (match["extras"] or "") if match else ""
+    return tuple(word.strip() for word in named.split(",") if word.strip())
 
 
 def parse(line: str) -> Requirement:

@@ -107,7 +107,7 @@ class Judging:
             module=self._variants.module(rung.pruned),
             data=bench.data.parity,
             sizes=validated.parity.batches,
-            runtime=bench.plan.runtime.name,
+            runtime=rung.runtime,
             precision=rung.precision,
             least_snr_db=validated.parity.min_snr_db,
             artifact=artifact.file,

@@ -22,7 +22,7 @@ def lock_toml(project: Project, plan: Plan, packages: Mapping[str, str], seed: i
     content = {
         "lock": {
             "target": plan.target.name,
-            "runtime": plan.runtime.name,
+            "runtimes": [runtime.name for runtime in plan.runtimes],
             "objective": plan.objective,
             "ladder": len(plan.rungs) > 1,
             "seed": seed,

@@ -2,12 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from deploy.manifest import PlanRecord, PlanStep, Refusal
 from deploy.project import Project
-from exporters.base import EXPORTERS, Form, missing_packages
+from exporters.base import EXPORTERS, Form, int8_variants, missing_packages
 from targets import truth
 from targets.errors import UsageError, nearest
 from targets.profile import Chip, RuntimeSupport, Target
@@ -18,16 +18,27 @@ RUNG_WORDS = {"float32": "float"}
 METHODS = {"auto": "channels", "channels": "channels"}
 CRITERIA = ("auto", "l1", "l2", "bn", "taylor", "median", "random")
 OBJECTIVES = ("latency", "throughput", "size")
-FORMS_IN_ORDER = (Form.MODULE, Form.GRAPH, Form.ARTIFACT, Form.REPORT)
+COMPETING_KINDS = ("host", "server", "laptop")
+"""Targets where any runtime may serve: all that are at hand and do without torch compete.
+
+A phone's app brings one.
+"""
+VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RungPlan:
-    """A rung to make: its name says pattern and precision."""
+    """A rung to make: its name says pattern and precision, and the runtime where several compete.
 
+    `variant` tells kinds of int8 apart; `mixed` keeps the layers float that int8 hurts most.
+    """
+
+    runtime: str
     pruned: bool
     precision: str
+    variant: str = ""
     mixed: bool = False
+    competes: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -36,9 +47,15 @@ class RungPlan:
 
     @property
     def name(self) -> str:
-        """For example "pruned-int8"; float32 is called float, "-mixed" keeps sensitive layers float."""
-        word = RUNG_WORDS.get(self.precision, self.precision)
-        return f"{'pruned' if self.pruned else 'dense'}-{word}{'-mixed' if self.mixed else ''}"
+        """For example "pruned-int8", or "openvino/dense-int8-qdq"; float32 is called float."""
+        words = [
+            "pruned" if self.pruned else "dense",
+            RUNG_WORDS.get(self.precision, self.precision),
+            self.variant,
+            "mixed" if self.mixed else "",
+        ]
+        name = "-".join(word for word in words if word)
+        return f"{self.runtime}/{name}" if self.competes else name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +75,11 @@ class Pruning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything decided before the model is loaded."""
+    """Everything decided before the model is loaded. `runtime` is the first of `runtimes`, which compete."""
 
     project: Project
     target: Target
-    runtime: RuntimeSupport
+    runtimes: tuple[RuntimeSupport, ...]
     pattern: str
     precision: str
     pruning: Pruning | None
@@ -74,9 +91,26 @@ class Plan:
     objective: str
 
     @property
+    def runtime(self) -> RuntimeSupport:
+        """The runtime that is planned first."""
+        return self.runtimes[0]
+
+    @property
     def buildable(self) -> bool:
         """Whether this version has the exporter."""
         return self.runtime.name in EXPORTERS
+
+    @property
+    def saturates(self) -> bool:
+        """Whether sums of 8-bit products overflow on some chip of the target: x86 without VNNI."""
+        return any(
+            chip.architecture == "x86_64" and not {*VNNI} & {*chip.features} for chip in self.target.chips
+        )
+
+    @property
+    def signed_activations(self) -> bool:
+        """Whether the target's integer kernels take signed activations: Arm's do."""
+        return self.target.chips[0].architecture != "x86_64"
 
     def __repr__(self) -> str:
         from deploy.reporting.notebook import plan_text
@@ -103,31 +137,35 @@ def make_plan(
     project: Project,
     target: Target,
     *,
-    runtime: str | None = None,
+    runtimes: Sequence[str] = (),
     objective: str = "latency",
     accepted_licences: Collection[str] = (),
     ladder: bool = True,
 ) -> Plan:
     """The plan for a project whose flags and target tables are already laid over.
 
+    `runtimes` are those that compete, the first one planned; without any the target and machine decide.
     Raises UsageError for a pattern that nothing on the target executes, and for words nobody knows.
     """
     _check_words(project, objective, accepted_licences)
-    support, passed_over, fallback = _choose_runtime(target, runtime, accepted_licences)
+    support, passed_over, fallback = _choose_runtime(target, next(iter(runtimes), None), accepted_licences)
+    rivals = _wanted(target, runtimes[1:]) if runtimes else _rivals(target, support, accepted_licences)
+    supports = (support, *rivals) if ladder else (support,)
     pattern, reason, refused = _choose_pattern(project, target, support, objective, accepted_licences)
-    pruning, unpruned = _choose_pruning(project, target, support, pattern)
-    precision, precisions, precision_reason = _choose_precisions(project, support)
-    rungs = _rungs(precision, precisions, pruning is not None, ladder)
+    multiple = math.lcm(*(each.channel_multiple for each in supports))
+    pruning, unpruned = _choose_pruning(project, multiple, pattern)
+    precision, precision_reason = _choose_precision(project, supports)
+    rungs = _rungs(project, supports, precision, pruning is not None, ladder)
     notes = _notes(project, target, support, unpruned)
     return Plan(
         project=project,
         target=target,
-        runtime=support,
+        runtimes=supports,
         pattern=pattern,
         precision=precision,
         pruning=pruning,
         rungs=rungs,
-        steps=_steps(project, support, pruning, precision, reason, precision_reason),
+        steps=_steps(project, supports, pruning, precision, reason, precision_reason),
         refused=tuple(
             Refusal(what=r.what, reason=r.reason, instead=r.instead) for r in (*passed_over, *refused)
         ),
@@ -162,13 +200,9 @@ def _choose_runtime(
     target: Target, wanted: str | None, accepted: Collection[str]
 ) -> tuple[RuntimeSupport, tuple[truth.Refused, ...], str | None]:
     """The wanted runtime, else the first that this version has, else the target's preferred one."""
-    chip = target.chips[0]
-    shared = [
-        support for support in chip.runtimes if all(_support(other, support.name) for other in target.chips)
-    ]
+    chip, shared = target.chips[0], _shared(target)
     if wanted is not None:
-        _one_of(f"the runtime for {target.name}", wanted, tuple(support.name for support in shared))
-        return _across_chips(target, wanted), (), None
+        return _wanted(target, [wanted])[0], (), None
     available = {name for name in EXPORTERS if not missing_packages(name)} & {
         support.name for support in shared
     }
@@ -180,6 +214,37 @@ def _choose_runtime(
     if choice.runtime.name != shared[0].name:
         fallback = f"{choice.runtime.name} stands in for {shared[0].name}: {choice.refused[0].reason}"
     return _across_chips(target, choice.runtime.name), choice.refused, fallback
+
+
+def _shared(target: Target) -> list[RuntimeSupport]:
+    """The runtimes that every chip of the target has, in order of preference."""
+    return [
+        support
+        for support in target.chips[0].runtimes
+        if all(_support(other, support.name) for other in target.chips)
+    ]
+
+
+def _wanted(target: Target, names: Sequence[str]) -> tuple[RuntimeSupport, ...]:
+    """Runtimes by name. Raises UsageError for one that the target lacks."""
+    known = tuple(support.name for support in _shared(target))
+    for name in names:
+        _one_of(f"the runtime for {target.name}", name, known)
+    return tuple(_across_chips(target, name) for name in names)
+
+
+def _rivals(target: Target, chosen: RuntimeSupport, accepted: Collection[str]) -> tuple[RuntimeSupport, ...]:
+    """The other runtimes of the same unit that this version and machine have, and a server can ship."""
+    if target.kind not in COMPETING_KINDS or chosen.name not in EXPORTERS:
+        return ()
+    names = [
+        support.name
+        for support in _shared(target)
+        if support.name != chosen.name and support.unit == chosen.unit and support.licence in {"", *accepted}
+    ]
+    serving = [name for name in names if name in EXPORTERS and EXPORTERS[name].serves]
+    at_hand = [name for name in serving if not missing_packages(name)]
+    return tuple(_across_chips(target, name) for name in at_hand)
 
 
 def _licence_only(refused: tuple[truth.Refused, ...]) -> tuple[truth.Refused, ...]:
@@ -223,9 +288,7 @@ def _choose_pattern(
     return wanted, f"{row.why} ({row.source})", ()
 
 
-def _choose_pruning(
-    project: Project, target: Target, support: RuntimeSupport, pattern: str
-) -> tuple[Pruning | None, str | None]:
+def _choose_pruning(project: Project, multiple: int, pattern: str) -> tuple[Pruning | None, str | None]:
     """What to remove, or the reason why nothing is."""
     prune, evaluate = project.tables.prune, project.tables.evaluate
     if pattern == "dense":
@@ -244,45 +307,79 @@ def _choose_pruning(
         of=prune.of,
         ranking=prune.ranking,
         min_channels=prune.min_channels,
-        multiple=support.channel_multiple,
+        multiple=multiple,
         exclude=tuple(prune.exclude),
         asked=prune.sparsity is not None,
     )
     return pruning, None
 
 
-def _choose_precisions(project: Project, support: RuntimeSupport) -> tuple[str, tuple[str, ...], str]:
-    """The planned precision, all that the ladder tries, and the reason."""
+def _choose_precision(project: Project, supports: tuple[RuntimeSupport, ...]) -> tuple[str, str]:
+    """The planned precision, and the reason. Raises UsageError for one that no runtime here has."""
     wanted = project.tables.quantize.precision
     if wanted != "auto":
-        offered = (*support.precisions, *(("int8-dynamic",) if "int8" in support.precisions else ()))
-        _one_of(f"quantize.precision for {support.name}", wanted, offered)
-        return wanted, (wanted,), "asked for"
-    if "int8" not in support.precisions:
-        best = support.precisions[0]
-        return best, (best,), f"{support.name} runs no int8 on this target"
-    integers = any(table.dtype.startswith("int") for table in project.tables.inputs.values())
-    variants = ("int8-dynamic",) if integers else ()
-    floats = ("float32",) if "float32" in support.precisions else ()
-    return "int8", (*floats, "int8", *variants), "a quarter of the bytes, and integer kernels on this target"
+        offered = tuple(dict.fromkeys(each for support in supports for each in _offered(support)))
+        _one_of(f"quantize.precision for {supports[0].name}", wanted, offered)
+        return wanted, "asked for"
+    if "int8" not in supports[0].precisions:
+        return supports[0].precisions[0], f"{supports[0].name} runs no int8 on this target"
+    return "int8", "a quarter of the bytes, and integer kernels on this target"
 
 
-def _rungs(precision: str, precisions: tuple[str, ...], pruned: bool, ladder: bool) -> tuple[RungPlan, ...]:
+def _offered(support: RuntimeSupport) -> tuple[str, ...]:
+    """The precisions that may be asked for, dynamic int8 among them where the exporter can make it."""
+    entry = EXPORTERS.get(support.name)
+    dynamic = "int8" in support.precisions and (entry is None or entry.dynamic_int8)
+    return (*support.precisions, *(("int8-dynamic",) if dynamic else ()))
+
+
+def _rungs(
+    project: Project, supports: tuple[RuntimeSupport, ...], precision: str, pruned: bool, ladder: bool
+) -> tuple[RungPlan, ...]:
+    """Every rung that the ladder tries: all dense ones first, then the same pruned."""
     if not ladder:
-        return (RungPlan(pruned=pruned, precision=precision),)
-    dense = tuple(RungPlan(pruned=False, precision=each) for each in precisions)
-    return dense + tuple(RungPlan(pruned=True, precision=each) for each in precisions if pruned)
+        return (RungPlan(runtime=supports[0].name, pruned=pruned, precision=precision),)
+    dense = [
+        RungPlan(
+            runtime=support.name, pruned=False, precision=each, variant=variant, competes=len(supports) > 1
+        )
+        for support in supports
+        for each in _tried(project, support)
+        for variant in _variants(support, each)
+    ]
+    return (*dense, *(replace(rung, pruned=True) for rung in dense if pruned))
+
+
+def _tried(project: Project, support: RuntimeSupport) -> tuple[str, ...]:
+    """The precisions that a runtime's rungs have; none where it lacks the one asked for."""
+    wanted, offered = project.tables.quantize.precision, _offered(support)
+    if wanted != "auto":
+        return (wanted,) if wanted in offered else ()
+    if "int8" not in offered:
+        return (offered[0],)
+    integers = any(table.dtype.startswith("int") for table in project.tables.inputs.values())
+    return tuple(
+        each
+        for each in ("float32", "bfloat16", "int8", "int8-dynamic")
+        if each in offered and (each != "int8-dynamic" or integers)
+    )
+
+
+def _variants(support: RuntimeSupport, precision: str) -> tuple[str, ...]:
+    return int8_variants(support.name) if precision == "int8" and support.name in EXPORTERS else ("",)
 
 
 def _steps(
     project: Project,
-    support: RuntimeSupport,
+    supports: tuple[RuntimeSupport, ...],
     pruning: Pruning | None,
     precision: str,
     pattern_reason: str,
     precision_reason: str,
 ) -> tuple[PlanStep, ...]:
     recover = project.tables.recover
+    entry = EXPORTERS.get(supports[0].name)
+    form = entry.accepts if entry else Form.GRAPH
     steps: list[tuple[str, Form, Form, str]] = []
     if pruning:
         how = f"{pruning.sparsity:.0%} of {pruning.of}, widths in multiples of {pruning.multiple}"
@@ -292,11 +389,11 @@ def _steps(
             ("recover", Form.MODULE, Form.MODULE, f"{recover.epochs} epochs with the dense model as teacher")
         )
     steps.append(("capture", Form.MODULE, Form.GRAPH, "torch.export, batch-norm folded into convolutions"))
+    if form is Form.ONNX:
+        steps.append(("convert", Form.GRAPH, Form.ONNX, f"{supports[0].name} reads ONNX"))
     if precision != "float32":
-        steps.append(("quantize", Form.GRAPH, Form.GRAPH, f"{precision}: {precision_reason}"))
-    steps.append(
-        ("export", Form.GRAPH, Form.ARTIFACT, f"the target's first runtime at hand is {support.name}")
-    )
+        steps.append(("quantize", form, form, f"{precision}: {precision_reason}"))
+    steps.append(("export", form, Form.ARTIFACT, _export_reason(supports)))
     steps.append(
         (
             "validate",
@@ -308,6 +405,12 @@ def _steps(
     planned = tuple(PlanStep(name=n, accepts=a.value, produces=p.value, reason=r) for n, a, p, r in steps)
     _check_neighbours(planned)
     return planned
+
+
+def _export_reason(supports: tuple[RuntimeSupport, ...]) -> str:
+    if len(supports) == 1:
+        return f"the target's first runtime at hand is {supports[0].name}"
+    return f"{', '.join(support.name for support in supports)} compete: the measurement decides"
 
 
 def _check_neighbours(steps: tuple[PlanStep, ...]) -> None:

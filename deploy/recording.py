@@ -8,6 +8,7 @@ import msgspec
 
 from calibration.spec import TensorSpec
 from deploy import ladder
+from deploy.artifacts import BuiltArtifact
 from deploy.cache import digest, file_digest
 from deploy.environment import environment, this_machine
 from deploy.manifest import (
@@ -124,12 +125,12 @@ def manifest_record(pipeline: Pipeline, shipped: RungResult, rungs: list[Rung], 
         target=plan.target.name,
         chip=", ".join(chip.name for chip in plan.target.chips),
         created_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        runtime=plan.runtime.name,
+        runtime=shipped.plan.runtime,
         precision=shipped.plan.precision,
         shipped_rung=shipped.plan.name,
         chosen_by="device" if plan.target.is_this_machine else "host-proxy",
         fallback=plan.fallback,
-        files=_artifact_files(plan, artifact.file),
+        files=_artifact_files(plan, artifact),
         inputs=[_input(plan, by_name[name]) for name in artifact.info.input_order],
         outputs=[
             Output(name=o.name, shape=o.shape, dtype=o.dtype, labels=_labels_name(plan, o.name))
@@ -221,18 +222,22 @@ def _provenance(pipeline: Pipeline) -> Provenance:
     )
 
 
-def artifact_name(file: Path, *, prefix: str = "model") -> str:
-    """A file's name in the build, with its content's hash in it."""
-    return f"{prefix}-{file_digest(file)[:HASH_LENGTH]}{file.suffix}"
+def artifact_names(artifact: BuiltArtifact, *, prefix: str = "model") -> dict[str, Path]:
+    """An artifact's files by their names in the build: one hash over all of them, the program first."""
+    digests = [file_digest(file) for file in artifact.files]
+    whole = digests[0] if len(digests) == 1 else digest(digests)
+    return {f"{prefix}-{whole[:HASH_LENGTH]}{file.suffix}": file for file in artifact.files}
 
 
-def _artifact_files(plan: Plan, program: Path) -> list[File]:
-    named = {artifact_name(program): ("program", program)}
-    for name, file in label_files(plan).items():
-        named[name] = ("labels", file)
+def _artifact_files(plan: Plan, artifact: BuiltArtifact) -> list[File]:
+    named = [
+        (name, "weights" if index else "program", file)
+        for index, (name, file) in enumerate(artifact_names(artifact).items())
+    ]
+    named += [(name, "labels", file) for name, file in label_files(plan).items()]
     return [
         File(path=name, role=role, size_bytes=os.path.getsize(file), sha256=file_digest(file))
-        for name, (role, file) in named.items()
+        for name, role, file in named
     ]
 
 

@@ -3,6 +3,7 @@
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,9 +13,12 @@ from calibration.compare import snr_db
 from calibration.spec import TensorSpec
 from deploy.manifest import Value
 from deploy.validation.remote import RemoteSession
-from exporters.base import Quantization, find_exporter
-from exporters.capture import capture
+from exporters.base import EXPORTERS, Form, Quantization, find_exporter
+from exporters.capture import Captured, capture
 from targets.errors import WrongOutputsError
+
+if TYPE_CHECKING:
+    from exporters.onnx import OnnxModel
 
 MIN_SNR_DB = 80.0  # what a float32 rung must reach
 INPUT = TensorSpec(name="x", shape=(1, 8), dtype="float32", bounds={})
@@ -73,8 +77,13 @@ def _lower_and_run(
     outputs = [output.name for output in captured.outputs]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"trial{exporter.suffix}"
+        source: Captured | OnnxModel = captured
+        if EXPORTERS[runtime].accepts is Form.ONNX:
+            from exporters.onnx import to_onnx
+
+            source = to_onnx(captured, Path(folder) / "source.onnx")
         exporter.export(
-            captured,
+            source,
             precision="float32",
             calibration=[{INPUT.name: x}],
             quantization=Quantization(),

@@ -79,7 +79,7 @@ def plan_targets(
         return make_plan(
             tables.override(flags),
             target,
-            runtime=runtime,
+            runtimes=[runtime] if runtime else (),
             objective=objective,
             accepted_licences=licences,
             ladder=ladder,

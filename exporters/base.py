@@ -6,8 +6,9 @@ imports its libraries only inside its own file, so that reading this table costs
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from calibration.spec import TensorSpec
     from exporters.capture import Captured
+    from exporters.onnx import OnnxModel
 
     Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -27,6 +29,7 @@ class Form(StrEnum):
 
     MODULE = "torch module"
     GRAPH = "exported graph"
+    ONNX = "onnx model"
     ARTIFACT = "artifact on disk"
     REPORT = "measured report"
 
@@ -52,12 +55,13 @@ class Delegated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A file that a runtime loads. `outputs` are (name, shape, dtype)."""
+    """A file that a runtime loads, with those it needs beside it: same name, another ending."""
 
     runtime: str
     file: Path
     precision: str
     delegated: Delegated | None
+    companions: tuple[Path, ...] = ()
 
 
 Observer = Literal["min-max", "percentile", "mse"]
@@ -65,10 +69,18 @@ Observer = Literal["min-max", "percentile", "mse"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """How to quantize: the observer of activations and the modules that stay float, by path."""
+    """How to quantize: the observer of activations, the modules that stay float, by path, and the variant.
+
+    `reduce_range` asks for 7-bit weights, where products of 8 bits saturate; `signed_activations` for what
+    Arm's kernels take; `transformer` for the quantizer's preset of that kind.
+    """
 
     observer: Observer = "min-max"
     keep_float: tuple[str, ...] = ()
+    variant: str = ""
+    reduce_range: bool = False
+    signed_activations: bool = False
+    transformer: bool = False
 
 
 class Session(Protocol):
@@ -100,7 +112,7 @@ class Exporter(Protocol):
 
     def export(
         self,
-        captured: "Captured",
+        source: "Captured | OnnxModel",
         *,
         precision: str,
         calibration: "Sequence[Arrays]",
@@ -123,45 +135,109 @@ class Exporter(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A row of the table: where the exporter is, and the extra and packages it needs."""
+    """A row of the table: where the exporter is, the form it starts from, what it needs and offers.
+
+    `packages` is what a build takes, `runs_on` what running an artifact takes; `int8` holds the variants of
+    static int8 it can make, each with the packages that this takes.
+    """
 
     attribute: str
+    accepts: Form
     extra: str
     packages: tuple[str, ...]
+    runs_on: tuple[str, ...]
+    int8: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
+    dynamic_int8: bool = False
 
+    @property
+    def serves(self) -> bool:
+        """Whether an artifact runs without torch, so that a server's package need not hold it."""
+        return "torch" not in self.runs_on
+
+
+TORCH = ("torch", "torchao", "safetensors", "torch_pruning")
 
 EXPORTERS: dict[str, Entry] = {
     "executorch": Entry(
         attribute="exporters.executorch:ExecuTorchExporter",
+        accepts=Form.GRAPH,
         extra="executorch",
-        packages=("torch", "executorch", "torchao", "safetensors", "torch_pruning"),
+        packages=(*TORCH, "executorch"),
+        runs_on=("torch", "executorch"),
+        dynamic_int8=True,
+    ),
+    "onnxruntime": Entry(
+        attribute="exporters.onnxruntime:OnnxRuntimeExporter",
+        accepts=Form.ONNX,
+        extra="onnx",
+        packages=(*TORCH, "onnx", "onnxscript", "onnxruntime"),
+        runs_on=("onnxruntime",),
+        dynamic_int8=True,
+    ),
+    "openvino": Entry(
+        attribute="exporters.openvino:OpenVinoExporter",
+        accepts=Form.ONNX,
+        extra="openvino",
+        packages=(*TORCH, "onnx", "onnxscript", "openvino", "nncf"),
+        runs_on=("openvino",),
+        int8={"": (), "qdq": ("onnxruntime",)},
     ),
 }
 
 
+def int8_variants(runtime: str) -> tuple[str, ...]:
+    """The kinds of static int8 that a runtime's exporter can make with the packages at hand."""
+    return tuple(name for name, needs in EXPORTERS[runtime].int8.items() if not _absent(needs))
+
+
 def missing_packages(runtime: str) -> tuple[str, ...]:
     """The packages this environment lacks for a runtime, without importing any."""
-    from importlib.util import find_spec
+    return _absent(EXPORTERS[runtime].packages)
 
-    return tuple(name for name in EXPORTERS[runtime].packages if find_spec(name) is None)
+
+def _absent(packages: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in packages if find_spec(name) is None)
 
 
 def require_packages(runtime: str) -> None:
     """Raises MissingRequirementError, with the command that installs it, for what a runtime lacks here."""
-    lacking = missing_packages(runtime)
+    _require(runtime, missing_packages(runtime), "exporter")
+
+
+def find_exporter(runtime: str) -> Exporter:
+    """The exporter of a runtime, its libraries loaded. Raises as `require_packages`."""
+    require_packages(runtime)
+    return _imported(runtime)
+
+
+def find_runtime(runtime: str) -> Exporter:
+    """The exporter of a runtime, to open artifacts with: what only a build takes may be absent.
+
+    Raises MissingRequirementError where the runtime itself is.
+    """
+    if runtime not in EXPORTERS:
+        raise MissingRequirementError(
+            "the artifact cannot be opened",
+            found=f"the runtime {runtime!r}",
+            expected=f"one of {', '.join(EXPORTERS)}",
+            fix="use the edge-deploy version that made it",
+        )
+    _require(runtime, _absent(EXPORTERS[runtime].runs_on), "runtime")
+    return _imported(runtime)
+
+
+def _require(runtime: str, lacking: Sequence[str], part: str) -> None:
     if lacking:
         extra = EXPORTERS[runtime].extra
         raise MissingRequirementError(
-            f"the {runtime} exporter cannot run",
+            f"the {runtime} {part} cannot run",
             found=f"no package {', '.join(lacking)}",
             expected=f"the extra {extra!r}",
             fix=f"pip install 'edge-deploy[{extra}]'",
         )
 
 
-def find_exporter(runtime: str) -> Exporter:
-    """The exporter of a runtime, its libraries loaded. Raises as `require_packages`."""
-    require_packages(runtime)
+def _imported(runtime: str) -> Exporter:
     module, _, attribute = EXPORTERS[runtime].attribute.partition(":")
     exporter: Exporter = getattr(importlib.import_module(module), attribute)()
     return exporter

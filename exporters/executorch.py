@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from calibration.spec import TensorSpec
+from exporters.arrays import checked
 from exporters.base import Artifact, Delegated, Operator, Quantization
 from exporters.capture import plain_convolutions
 from exporters.quiet import quiet
@@ -43,7 +44,7 @@ class ExecuTorchExporter:
 
     def export(
         self,
-        captured: Any,
+        source: Any,
         *,
         precision: str,
         calibration: Sequence[Mapping[str, np.ndarray[Any, Any]]],
@@ -52,13 +53,13 @@ class ExecuTorchExporter:
     ) -> Artifact:
         """Lowers the graph to XNNPACK and writes the program. Raises ModelError where it cannot."""
         graph = self.quantized(
-            captured,
-            self.rewritten(captured, precision),
+            source,
+            self.rewritten(source, precision),
             precision,
             calibration=calibration,
             quantization=quantization,
         )
-        delegated = self.write(captured.program(graph), precision, file)
+        delegated = self.write(source.program(graph), precision, file)
         return Artifact(runtime=self.runtime, file=file, precision=precision, delegated=delegated)
 
     def rewritten(self, captured: Any, precision: str) -> torch.fx.GraphModule:
@@ -371,20 +372,13 @@ class ExecuTorchSession:
     def __init__(
         self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
     ) -> None:
-        portable_lib, runtime = _runtime()
-        self._threads = portable_lib
+        self._library, self._runtime = _runtime()
+        self._file = file
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
+        self._program: Any = None
+        self._method: Any = None
         self.set_threads(threads)
-        try:
-            self._program = runtime.get().load_program(file)
-            self._method = self._program.load_method("forward")
-        except RuntimeError as error:
-            raise IntegrityError(
-                f"{file.name} is no program that this ExecuTorch loads", found=str(error)
-            ) from error
-        if self._method is None:
-            raise IntegrityError(f"{file.name} has no method", expected="forward")
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         """One call; the outputs are copies."""
@@ -400,8 +394,20 @@ class ExecuTorchSession:
         self._method.execute(prepared)
 
     def set_threads(self, threads: int) -> None:
-        """The size of the runtime's thread pool."""
-        self._threads._unsafe_reset_threadpool(threads)
+        """Loads the program anew for a pool of so many threads: one that is loaded keeps the old pool, and
+        its calls never return once that is gone.
+        """
+        self._program = self._method = None
+        self._library._unsafe_reset_threadpool(threads)
+        try:
+            self._program = self._runtime.get().load_program(self._file)
+            self._method = self._program.load_method("forward")
+        except RuntimeError as error:
+            raise IntegrityError(
+                f"{self._file.name} is no program that this ExecuTorch loads", found=str(error)
+            ) from error
+        if self._method is None:
+            raise IntegrityError(f"{self._file.name} has no method", expected="forward")
 
     def _execute(self, prepared: tuple[Tensor, ...]) -> list[Tensor]:
         try:
@@ -420,9 +426,4 @@ class ExecuTorchSession:
         return values
 
     def _tensor(self, spec: TensorSpec, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Tensor:
-        if spec.name not in inputs:
-            raise ModelError("an input is missing", found=", ".join(inputs), expected=spec.name)
-        array = inputs[spec.name]
-        if str(array.dtype) != spec.dtype:
-            raise ModelError(f"input {spec.name} has the wrong dtype", found=array.dtype, expected=spec.dtype)
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(checked(spec, inputs))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.base import Session, find_exporter
+from exporters.base import Session, find_runtime
 from targets.errors import DeployError
 
 
@@ -27,7 +27,7 @@ class Worker:
 
     def open(self, runtime: str, file: str, inputs: Any, outputs: Any, threads: int) -> None:
         """Loads an artifact; memory is counted from here, with the runtime's own library already in it."""
-        exporter = find_exporter(runtime)
+        exporter = find_runtime(runtime)
         exporter.load_runtime()
         _forget_peak()
         self._base_bytes = _resident_bytes()

@@ -1,8 +1,12 @@
 """Makes the tiny networks of tests/models importable as `oddities`, without touching sys.path."""
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
+
+# A shell starts background jobs with Ctrl-C ignored, and they hand that on: the tests that send one need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _FILE = Path(__file__).parent / "models" / "oddities.py"
 

@@ -89,7 +89,11 @@ def _locked(plan: "Plan", build_options: Any) -> "Plan":
     folder = build_options.output_dir / plan.project.name / plan.target.name
     project, lock = read_lock(folder, plan.project)
     return make_plan(
-        project, plan.target, runtime=lock["runtime"], objective=lock["objective"], ladder=lock["ladder"]
+        project,
+        plan.target,
+        runtimes=lock["runtimes"],
+        objective=lock["objective"],
+        ladder=lock["ladder"],
     )
 
 

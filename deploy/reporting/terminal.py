@@ -14,7 +14,8 @@ from deploy.reporting.claims import Notice, chosen_by, headline, notices, outcom
 from deploy.reporting.evidence import measured, shipped, timed
 from deploy.reporting.markup import clean
 
-WIDEST_NAME = 24
+WIDEST_NAME = 42
+WIDEST = 1000
 _STYLES = {"alarm": "bold red", "caution": "bold yellow", "note": "bold"}
 _MARKS = {"shipped": "* ", "dropped": "x "}
 
@@ -32,8 +33,9 @@ def print_summary(console: Console, report: Report, folder: Path) -> None:
     console.print(_text(console, headline(report)))
     if manifest.rungs:
         console.print()
-        console.print(_table(console, report))
-        console.print(_text(console, _legend(report), "dim"))
+        table, whole = _table(console, report)
+        console.print(table)
+        console.print(_text(console, _legend(report, whole), "dim"))
     for line in _dropped(report):
         console.print(Padding(_text(console, line), (0, 0, 0, 2), expand=False))
     console.print()
@@ -52,7 +54,15 @@ def _text(console: Console, text: str, style: str = "") -> Text:
     return Text(shown, style=style)
 
 
-def _table(console: Console, report: Report) -> Table:
+def _table(console: Console, report: Report) -> tuple[Table, bool]:
+    """The rungs; intervals are left out where they would not fit beside the names."""
+    whole = _filled(console, report, intervals=True)
+    if console.measure(whole, options=console.options.update(max_width=WIDEST)).maximum <= console.width:
+        return whole, True
+    return _filled(console, report, intervals=False), False
+
+
+def _filled(console: Console, report: Report, *, intervals: bool) -> Table:
     table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
     longest = max(len(rung.name) for rung in report.manifest.rungs)
     table.add_column("Rung", overflow="fold", min_width=min(longest + 2, WIDEST_NAME))
@@ -60,7 +70,8 @@ def _table(console: Console, report: Report) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for rung in report.manifest.rungs:
         word = outcome(report, rung)
-        cells = (_MARKS.get(word, "  ") + rung.name, *figures(rung))
+        shown = figures(rung) if intervals else tuple(cell.partition(" [")[0] for cell in figures(rung))
+        cells = (_MARKS.get(word, "  ") + rung.name, *shown)
         style = {"shipped": "bold", "dropped": "dim"}.get(word, "")
         table.add_row(*(_text(console, cell) for cell in cells), style=style)
     return table
@@ -91,14 +102,15 @@ def _latency(latency: Latency) -> str:
     return f"{units.number(latency.median_ms)}{interval}"
 
 
-def _legend(report: Report) -> str:
+def _legend(report: Report, intervals: bool) -> str:
     """What the marks and columns mean, and the metric and machine of the shipped rung."""
     marks = [f"{_MARKS[word].strip()} {word}" for word in ("shipped", "dropped") if _any(report, word)]
     rung = shipped(report.manifest)
     parts = ["; ".join(marks)] if marks else []
     if rung and measured(rung.accuracy):
         unit = " in points" if rung.accuracy.metric in units.FRACTIONS else ""
-        parts.append(f"{rung.accuracy.metric} on {rung.accuracy.samples} samples, drop{unit} [95% interval]")
+        unit += " [95% interval]" if intervals else ""
+        parts.append(f"{rung.accuracy.metric} on {rung.accuracy.samples} samples, drop{unit}")
     if rung and rung.latency.median_ms is not None:
         parts.append(f"latency {timed(rung.latency.measured_on)}")
     return "; ".join(parts)

@@ -1,5 +1,6 @@
 """How long one call takes, judged by interleaved rounds so that the machine's drift hits all alike."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from calibration.compare import median_interval
 from deploy.validation.remote import RemoteSession
 
 ROUNDS = 31
+MOST_ROUNDS = 93
+LEAST_SAMPLES = 31
 ROUND_S = 0.01
 WARM_UP_S = 0.2
 WARM_UP_CALLS = 5
@@ -33,18 +36,53 @@ def time_interleaved(sessions: Mapping[str, RemoteSession], *, rounds: int = ROU
 
     A round is a burst of about 10 ms of calls, so that short calls get many samples. Medians over
     rounds are proof against outliers: a burst that another process disturbed counts as one round.
-    At least 31 calls each; for calls of seconds fewer rounds, never below 7.
+
+    By successive halving (Jamieson and Talwalkar 2016): all get rounds enough for 31 calls; those that may
+    be the fastest by their intervals go on to `rounds`, and the last few until their intervals part or
+    three times as many are done. For calls of seconds fewer rounds, never below 7.
     """
-    calls = {name: _warm_up(session) for name, session in sessions.items()}
-    per_round_s = sum(max(ROUND_S, each.seconds) for each in calls.values())
-    rounds = max(MIN_ROUNDS, min(rounds, int(MAX_SECONDS / per_round_s)))
-    names = list(sessions)
-    bursts: dict[str, list[list[int]]] = {name: [] for name in names}
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            bursts[name].append(sessions[name].time(calls[name].count))
-    return {name: summarise(bursts[name]) for name in names}
+    race = _Race(sessions)
+    race.run(list(sessions), until=max(MIN_ROUNDS, *(race.rounds_for(LEAST_SAMPLES, n) for n in sessions)))
+    for until in range(rounds, max(rounds, MOST_ROUNDS) + 1, rounds):
+        finalists = race.finalists()
+        if len(finalists) < 2 and until > rounds:
+            break
+        race.run(finalists, until=until)
+    return {name: summarise(bursts) for name, bursts in race.bursts.items()}
+
+
+class _Race:
+    """Sessions, their bursts so far, and the time that is left."""
+
+    def __init__(self, sessions: Mapping[str, RemoteSession]) -> None:
+        self._sessions = sessions
+        self._calls = {name: _warm_up(session) for name, session in sessions.items()}
+        self._seconds_left = MAX_SECONDS
+        self._turn = 0
+        self.bursts: dict[str, list[list[int]]] = {name: [] for name in sessions}
+
+    def rounds_for(self, samples: int, name: str) -> int:
+        """How many rounds give so many calls."""
+        return math.ceil(samples / self._calls[name].count)
+
+    def run(self, names: Sequence[str], *, until: int) -> None:
+        """Rounds over these sessions until each has so many, or the time is over; never below 7."""
+        cost = sum(max(ROUND_S, self._calls[name].seconds) for name in names)
+        done = min(len(self.bursts[name]) for name in names)
+        for count in range(done, until):
+            if self._seconds_left < cost and count >= MIN_ROUNDS:
+                return
+            self._seconds_left -= cost
+            shift = self._turn % len(names)
+            self._turn += 1
+            for name in (*names[shift:], *names[:shift]):
+                self.bursts[name].append(self._sessions[name].time(self._calls[name].count))
+
+    def finalists(self) -> list[str]:
+        """Those whose interval reaches that of the fastest."""
+        timings = {name: summarise(bursts) for name, bursts in self.bursts.items()}
+        fastest = min(timings.values(), key=lambda timing: timing.median_ms)
+        return [name for name, timing in timings.items() if timing.interval[0] <= fastest.interval[1]]
 
 
 def summarise(bursts: Sequence[Sequence[int]]) -> Timing:

@@ -718,7 +718,7 @@ def test_a_missing_extra_is_named_with_its_pip_line(project: Path) -> None:
     before = contents(project)
     hide = (
         "import importlib.util as util; find = util.find_spec\n"
-        "util.find_spec = lambda name, *rest: None if name == 'executorch' else find(name, *rest)"
+        "util.find_spec = lambda name, *rest: None if name == 'torchao' else find(name, *rest)"
     )
     done = subprocess.run(command(before=hide), capture_output=True, text=True, check=False)
     finished(done, project, before, MISSING)

@@ -18,7 +18,7 @@ from deploy import diagnosis, extras
 from deploy.cli.main import run
 from deploy.diagnosis import SEVERITIES, Diagnosis, Finding, diagnose
 from deploy.extras import Requirement
-from exporters.base import EXPORTERS
+from exporters.base import EXPORTERS, Form
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 VERSIONS = (
@@ -85,7 +85,7 @@ def test_what_developers_need_is_not_asked_of_users() -> None:
 
 def test_a_complete_installation_is_usable() -> None:
     found = diagnose()
-    assert found.usable == ["executorch"]
+    assert found.usable == list(EXPORTERS)
     assert found.exit_code == 0
     assert named(found, "packages", "torch").severity == "ok"
 
@@ -123,7 +123,9 @@ def test_without_its_packages_no_exporter_is_usable(monkeypatch: pytest.MonkeyPa
 def test_an_exporter_that_lacks_something_is_optional_beside_one_that_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    other = type(EXPORTERS["executorch"])(attribute="none:None", extra="other", packages=("no_such_thing",))
+    other = type(EXPORTERS["executorch"])(
+        attribute="none:None", accepts=Form.GRAPH, extra="other", packages=("no_such_thing",), runs_on=()
+    )
     monkeypatch.setitem(EXPORTERS, "other", other)
     found = diagnose()
     assert found.exit_code == 0
@@ -242,14 +244,14 @@ def test_a_deep_look_lowers_and_runs_a_model() -> None:
     ended = subprocess.run(words, capture_output=True, check=False, text=True)
     assert ended.returncode == 0, ended.stderr
     found = msgspec.json.decode(ended.stdout, type=Diagnosis)
-    assert found.usable == ["executorch"]
+    assert found.usable == list(EXPORTERS)
     assert "a two-layer model was lowered and ran" in named(found, "runtimes", "executorch").found
 
 
 def test_json_holds_the_findings_and_nothing_else_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["usable"] == ["executorch"]
+    assert printed["usable"] == list(EXPORTERS)
     assert {"area", "name", "severity", "found", "expected", "fix"} == set(printed["findings"][0])
 
 
@@ -257,12 +259,12 @@ def test_the_table_ends_with_the_verdict(
     versions: dict[str, str | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["doctor"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "Builds can use executorch."
-    versions["executorch"] = None
+    assert capsys.readouterr().out.splitlines()[-1] == f"Builds can use {', '.join(EXPORTERS)}."
+    versions["torch"] = None
     assert run(["doctor"]) == 3
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("broken")
-    assert lines[-1] == "No build can work here yet: executorch."
+    assert lines[-1] == f"No build can work here yet: {', '.join(EXPORTERS)}."
 
 
 def test_doctor_does_not_load_torch() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from deploy.validation.latency import MIN_ROUNDS, ROUNDS, summarise, time_interleaved
+from deploy.validation.latency import MIN_ROUNDS, MOST_ROUNDS, ROUNDS, summarise, time_interleaved
 
 
 class Clockwork:
@@ -28,7 +28,7 @@ def test_the_sessions_are_timed_in_turn_and_the_order_turns_too() -> None:
     asked: list[str] = []
     sessions = {name: Clockwork(name, steady(1_000_000, 0), asked) for name in ("a", "b")}
     time_interleaved(sessions)  # type: ignore[arg-type]
-    rounds = asked[-2 * ROUNDS :]
+    rounds = asked[-2 * (len(asked) // 4) :]
     pairs = [tuple(rounds[i : i + 2]) for i in range(0, len(rounds), 2)]
     assert set(pairs) == {("a", "b"), ("b", "a")}
 
@@ -42,6 +42,24 @@ def test_every_session_gets_at_least_thirty_samples_and_its_own_median() -> None
     timings = time_interleaved(sessions)  # type: ignore[arg-type]
     assert all(timing.samples >= 30 for timing in timings.values())
     assert abs(timings["slow"].median_ms / timings["fast"].median_ms - 2) < 0.05
+
+
+def test_rounds_go_to_those_that_may_be_the_fastest() -> None:
+    asked: list[str] = []
+    means = {"fast": 1_000_000, "level": 1_001_000, "near": 1_100_000, "slow": 3_000_000}
+    sessions = {name: Clockwork(name, steady(mean, len(name)), asked) for name, mean in means.items()}
+    timings = time_interleaved(sessions)  # type: ignore[arg-type]
+    assert timings["slow"].samples >= 30
+    assert timings["slow"].samples < 9 * ROUNDS
+    assert 9 * MIN_ROUNDS <= timings["near"].samples < timings["level"].samples / 2
+    assert timings["level"].samples >= 9 * MOST_ROUNDS
+
+
+def test_a_race_that_is_won_ends() -> None:
+    asked: list[str] = []
+    sessions = {n: Clockwork(n, steady(m, 0), asked) for n, m in (("a", 1_000_000), ("b", 2_000_000))}
+    timings = time_interleaved(sessions)  # type: ignore[arg-type]
+    assert timings["a"].samples == 10 * ROUNDS
 
 
 def test_calls_of_seconds_get_fewer_rounds_but_never_below_the_minimum() -> None:

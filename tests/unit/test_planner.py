@@ -75,11 +75,44 @@ def test_useless_sparsity_is_refused_and_objective_size_allows_it() -> None:
     assert make_plan(sparse, find("galaxy-s22"), objective="size").pattern == "unstructured"
 
 
-def test_a_runtime_that_this_version_lacks_gives_way_and_the_plan_says_so() -> None:
+def test_a_runtime_that_this_machine_lacks_gives_way_and_the_plan_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deploy.planner.missing_packages", lambda name: ("it",) if name == "openvino" else ())
     plan = planned("host")
-    assert plan.runtime.name == "executorch"
+    assert plan.runtime.name == "onnxruntime"
     assert plan.fallback is not None
     assert any("lacks it" in refusal.reason for refusal in plan.refused)
+
+
+def test_runtimes_compete_on_a_server_and_each_brings_its_own_rungs() -> None:
+    plan = planned("host", evaluate={"source": "e.npz"})
+    names = [rung.name for rung in plan.rungs]
+    assert [runtime.name for runtime in plan.runtimes] == ["openvino", "onnxruntime"]
+    assert len(names) == len(set(names)) >= 9
+    assert {"openvino/dense-int8-qdq", "onnxruntime/pruned-int8"} <= {*names}
+    assert not any("executorch" in name for name in names)
+    assert plan.pruning is not None
+    assert all(plan.pruning.multiple % runtime.channel_multiple == 0 for runtime in plan.runtimes)
+
+
+def test_a_phone_has_one_runtime_and_a_named_one_is_alone() -> None:
+    assert len(planned("galaxy-s22").runtimes) == 1
+    plan = make_plan(project(), find("host"), runtimes=["onnxruntime"])
+    assert names(plan) == ["dense-float", "dense-int8", "pruned-float", "pruned-int8"]
+
+
+def test_dynamic_int8_is_a_rung_where_inputs_are_integers() -> None:
+    tokens = project(inputs={"ids": {"shape": ["batch", 8], "dtype": "int64"}})
+    found = {rung.name for rung in make_plan(tokens, find("host")).rungs}
+    assert "onnxruntime/dense-int8-dynamic" in found
+    assert "openvino/dense-int8-dynamic" not in found
+
+
+def test_weights_keep_a_bit_where_sums_of_products_overflow() -> None:
+    assert make_plan(project(), find("laptop")).saturates
+    assert not make_plan(project(), find("xeon")).saturates
+    assert make_plan(project(), find("graviton4")).signed_activations
 
 
 def test_a_table_for_the_target_lies_over_the_general_one() -> None:

@@ -1,0 +1,138 @@
+"""ONNX models by torch's dynamo exporter: the form that several runtimes start from."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibration.spec import TensorSpec
+from exporters.quiet import quiet
+from targets.errors import DeployError, ModelError, first_line
+
+OPSET = 18
+IR_VERSION = 10
+LARGEST_BYTES = 2**31 - 1
+"""What protobuf can hold."""
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxModel:
+    """A float ONNX model on disk.
+
+    `inputs` stand in the model's order; `modules` maps a node's name to the path of the user's module that it
+    came from.
+    """
+
+    file: Path
+    inputs: tuple[TensorSpec, ...]
+    modules: Mapping[str, str]
+
+    def nodes_in(self, paths: tuple[str, ...]) -> list[str]:
+        """The nodes of these modules and of all below them."""
+        return [
+            node
+            for node, path in self.modules.items()
+            if any(path == name or path.startswith(f"{name}.") for name in paths)
+        ]
+
+
+def to_onnx(captured: Any, file: Path) -> OnnxModel:
+    """Writes a captured graph as ONNX, dynamic dimensions by the names that deploy.toml gives them.
+
+    What torch notes beside each node (source lines with their folders) is left out of the file. Raises
+    ModelError for operators that have no ONNX form.
+    """
+    import torch
+
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                captured.program(),
+                input_names=[spec.name for spec in captured.inputs],
+                output_names=[output.name for output in captured.outputs],
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+            assert program is not None
+            model = program.model_proto
+    except DeployError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            "the model cannot be written as ONNX",
+            found=first_line(error.__cause__ or error),
+            fix="replace the operator it names, or choose --runtime executorch",
+        ) from error
+    modules = {node.name: _module_path(node) for node in model.graph.node}
+    _strip_(model)
+    _forget_weight_shapes_(model.graph)
+    _name_dimensions_(model, captured)
+    if model.ByteSize() > LARGEST_BYTES:
+        raise ModelError(
+            "the ONNX model is too large for one file",
+            found=f"{model.ByteSize() / 1e9:.1f} GB",
+            expected="at most 2 GB",
+            fix="choose --runtime executorch",
+        )
+    file.write_bytes(model.SerializeToString(deterministic=True))
+    return OnnxModel(file=file, inputs=captured.inputs, modules=modules)
+
+
+def _module_path(node: Any) -> str:
+    """The path of the user's module that a node came from, "" for the model itself."""
+    text = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
+    scopes = json.loads(text.replace("'", '"'))
+    return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def _strip_(model: Any) -> None:
+    """Removes the notes on nodes, values and functions: they hold paths of the machine that exported."""
+    for held in (model, model.graph, *model.functions):
+        del held.metadata_props[:]
+        held.doc_string = ""
+    for graph in _graphs(model.graph):
+        for entry in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+            del entry.metadata_props[:]
+            entry.doc_string = ""
+    for function in model.functions:
+        for node in function.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "edge-deploy", ""
+
+
+def _graphs(graph: Any) -> list[Any]:
+    """A graph and those in the attributes of its nodes."""
+    found = [graph]
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                found += _graphs(inner)
+    return found
+
+
+def _forget_weight_shapes_(graph: Any) -> None:
+    """Weights state their own shape; a second statement goes stale where a quantizer transposes one."""
+    weights = {tensor.name for tensor in graph.initializer}
+    kept = [value for value in graph.value_info if value.name not in weights]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+
+
+def _name_dimensions_(model: Any, captured: Any) -> None:
+    """Gives dynamic dimensions the user's names instead of torch's symbols."""
+    names: dict[str, str] = {}
+    for value, spec in zip(model.graph.input, captured.inputs, strict=True):
+        for dimension, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
+            if isinstance(size, str):
+                names[dimension.dim_param] = size
+                dimension.ClearField("dim_value")
+                dimension.dim_param = size
+    for value in (*model.graph.output, *model.graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in names:
+                dimension.dim_param = names[dimension.dim_param]

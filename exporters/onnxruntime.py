@@ -1,0 +1,177 @@
+"""ONNX Runtime on the CPU: float32, static int8 (QDQ, per channel) and dynamic int8.
+
+Follows ONNX Runtime's own guide for CPU inference: unsigned activations and signed weights on x86, with
+7-bit weights where products saturate (no VNNI), signed ones on Arm
+(https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.spec import TensorSpec
+from exporters.arrays import Arrays, checked
+from exporters.base import Artifact, Quantization
+from exporters.onnx import OnnxModel
+from exporters.quiet import quiet
+from targets.errors import DeployError, IntegrityError, ModelError, first_line
+
+DYNAMIC_OPERATORS = ["MatMul", "Gemm", "Gather", "LSTM", "Attention"]
+"""What dynamic int8 quantizes: convolutions have no fast kernel for it."""
+CALIBRATORS = {"min-max": "MinMax", "percentile": "Percentile", "mse": "Entropy"}
+
+
+class OnnxRuntimeExporter:
+    """Writes and runs .onnx files."""
+
+    runtime = "onnxruntime"
+    suffix = ".onnx"
+    precisions = ("float32", "int8", "int8-dynamic")
+
+    def export(
+        self,
+        source: OnnxModel,
+        *,
+        precision: str,
+        calibration: Sequence[Arrays],
+        quantization: Quantization,
+        file: Path,
+    ) -> Artifact:
+        """Writes the model in a precision. Raises ModelError where it cannot be quantized."""
+        if precision == "float32":
+            shutil.copyfile(source.file, file)
+        elif precision == "int8-dynamic":
+            quantize_dynamic(source, quantization, file)
+        else:
+            quantize_static(source, calibration, quantization, file)
+        return Artifact(runtime=self.runtime, file=file, precision=precision, delegated=None)
+
+    def load_runtime(self) -> None:
+        """Imports the runtime."""
+        import onnxruntime  # noqa: F401
+
+    def open(
+        self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
+    ) -> "OnnxRuntimeSession":
+        """Loads a model for calls."""
+        return OnnxRuntimeSession(file, inputs=inputs, outputs=outputs, threads=threads)
+
+
+def quantize_static(
+    source: OnnxModel, calibration: Sequence[Arrays], quantization: Quantization, file: Path
+) -> None:
+    """Writes QuantizeLinear and DequantizeLinear pairs with per-channel weights into a copy of the model."""
+    with quiet():
+        from onnxruntime import quantization as ort
+
+    class Reader(ort.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._batches = iter(calibration)
+
+        def get_next(self) -> Mapping[str, Any] | None:
+            batch = next(self._batches, None)
+            return None if batch is None else {spec.name: batch[spec.name] for spec in source.inputs}
+
+    activations = ort.QuantType.QInt8 if quantization.signed_activations else ort.QuantType.QUInt8
+    with _translated(f"int8 ({quantization.observer})"):
+        ort.quantize_static(
+            source.file,
+            file,
+            Reader(),
+            quant_format=ort.QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=quantization.reduce_range,
+            activation_type=activations,
+            weight_type=ort.QuantType.QInt8,
+            nodes_to_exclude=source.nodes_in(quantization.keep_float),
+            calibrate_method=ort.CalibrationMethod[CALIBRATORS[quantization.observer]],
+        )
+
+
+def quantize_dynamic(source: OnnxModel, quantization: Quantization, file: Path) -> None:
+    """Writes int8 weights whose activations are quantized by the range of each call."""
+    with quiet():
+        from onnxruntime import quantization as ort
+
+    with _translated("int8-dynamic"):
+        ort.quantize_dynamic(
+            source.file,
+            file,
+            op_types_to_quantize=DYNAMIC_OPERATORS,
+            per_channel=True,
+            reduce_range=quantization.reduce_range,
+            weight_type=ort.QuantType.QInt8,
+            nodes_to_exclude=source.nodes_in(quantization.keep_float),
+        )
+
+
+@contextmanager
+def _translated(precision: str) -> Iterator[None]:
+    """Turns whatever the quantizer raises into a ModelError."""
+    try:
+        with quiet():
+            yield
+    except DeployError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"ONNX Runtime cannot quantize the model to {precision}",
+            found=first_line(error),
+            fix="exclude the layer with [quantize] exclude, or use --precision float32",
+        ) from error
+
+
+class OnnxRuntimeSession:
+    """A loaded .onnx."""
+
+    def __init__(
+        self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
+    ) -> None:
+        self._file = file
+        self._inputs = tuple(inputs)
+        self._outputs = list(outputs)
+        self.set_threads(threads)
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """One call."""
+        try:
+            values = self._session.run(self._outputs, self.prepare(inputs))
+        except DeployError:
+            raise
+        except Exception as error:  # the runtime's own exceptions share no base
+            raise ModelError(
+                "the model refused its inputs",
+                found=", ".join(f"{name} {array.shape}" for name, array in inputs.items()),
+                expected=", ".join(f"{spec.name} {list(spec.shape)}" for spec in self._inputs),
+                fix=f"the runtime said: {first_line(error)}",
+            ) from error
+        return dict(zip(self._outputs, values, strict=True))
+
+    def prepare(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Contiguous arrays by name. Raises ModelError for a wrong name or dtype."""
+        return {spec.name: checked(spec, inputs) for spec in self._inputs}
+
+    def call(self, prepared: dict[str, np.ndarray[Any, Any]]) -> None:
+        """One call whose outputs are thrown away."""
+        self._session.run(self._outputs, prepared)
+
+    def set_threads(self, threads: int) -> None:
+        """Opens the model anew: a session's threads are fixed when it is made."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(self._file), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # the runtime's own exceptions share no base
+            raise IntegrityError(
+                f"{self._file.name} is no model that this ONNX Runtime loads", found=first_line(error)
+            ) from error

@@ -1,0 +1,196 @@
+"""OpenVINO on the CPU: float32, bfloat16 and int8, from ONNX; int8 by NNCF or as ONNX Runtime's QDQ model.
+
+The inference precision is written into the model, because OpenVINO otherwise takes bfloat16 for float32
+where the CPU has it (https://docs.openvino.ai/2025/openvino-workflow/running-inference/inference-devices-and-modes/cpu-device.html).
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.spec import TensorSpec
+from exporters.arrays import Arrays, checked
+from exporters.base import Artifact, Quantization
+from exporters.onnx import OnnxModel
+from exporters.quiet import quiet
+from targets.errors import DeployError, IntegrityError, ModelError, first_line
+
+HINT = ["edge_deploy", "inference_precision"]
+HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
+WEIGHTS = ".bin"
+
+
+class OpenVinoExporter:
+    """Writes and runs .xml files with their .bin beside them."""
+
+    runtime = "openvino"
+    suffix = ".xml"
+    precisions = ("float32", "bfloat16", "int8")
+
+    def export(
+        self,
+        source: OnnxModel,
+        *,
+        precision: str,
+        calibration: Sequence[Arrays],
+        quantization: Quantization,
+        file: Path,
+    ) -> Artifact:
+        """Writes the model in a precision. Raises ModelError where OpenVINO or NNCF cannot."""
+        ov = _openvino()
+        try:
+            with quiet():
+                model = self._model(ov, source, precision, calibration, quantization)
+                model.set_rt_info(HINTS[precision], HINT)
+                _name_by_place_(model)
+                ov.save_model(model, str(file), compress_to_fp16=False)
+        except DeployError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"OpenVINO cannot hold the model in {precision}",
+                found=first_line(error),
+                fix="exclude the layer with [quantize] exclude, or choose another --runtime",
+            ) from error
+        weights = file.with_suffix(WEIGHTS)
+        return Artifact(
+            runtime=self.runtime, file=file, precision=precision, delegated=None, companions=(weights,)
+        )
+
+    def _model(
+        self,
+        ov: Any,
+        source: OnnxModel,
+        precision: str,
+        calibration: Sequence[Arrays],
+        quantization: Quantization,
+    ) -> Any:
+        core = ov.Core()
+        if precision != "int8":
+            return core.read_model(str(source.file))
+        if quantization.variant == "qdq":
+            from exporters.onnxruntime import quantize_static
+
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "qdq.onnx"
+                quantize_static(source, calibration, quantization, file)
+                return core.read_model(str(file))
+        return quantize(core.read_model(str(source.file)), source, calibration, quantization)
+
+    def load_runtime(self) -> None:
+        """Imports the runtime."""
+        _openvino()
+
+    def open(
+        self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
+    ) -> "OpenVinoSession":
+        """Loads a model for calls."""
+        return OpenVinoSession(file, inputs=inputs, outputs=outputs, threads=threads)
+
+
+def quantize(model: Any, source: OnnxModel, calibration: Sequence[Arrays], quantization: Quantization) -> Any:
+    """Static int8 by NNCF, with the presets that it documents for convolutional and transformer models."""
+    import nncf
+
+    kept = {f"{node}{ending}" for node in source.nodes_in(quantization.keep_float) for ending in ENDINGS}
+    present = {node.get_friendly_name() for node in model.get_ordered_ops()}
+    names = [spec.name for spec in source.inputs]
+    batches = [{name: batch[name] for name in names} for batch in calibration]
+    with contextlib.redirect_stdout(io.StringIO()):  # it draws progress bars
+        return nncf.quantize(
+            model,
+            nncf.Dataset(batches),
+            subset_size=len(batches),
+            preset=nncf.QuantizationPreset.MIXED,
+            model_type=nncf.ModelType.TRANSFORMER if quantization.transformer else None,
+            ignored_scope=nncf.IgnoredScope(names=sorted(kept & present)),
+        )
+
+
+ENDINGS = ("", "/WithoutBiases")
+"""What OpenVINO appends to the name of an ONNX node whose bias becomes an addition of its own."""
+
+
+def _name_by_place_(model: Any) -> None:
+    """Numbers the nodes without a name of their own by their place, not by how many the process has made."""
+    for place, node in enumerate(model.get_ordered_ops()):
+        kind = node.get_type_name()
+        name = re.sub(rf"{kind}_\d+", f"{kind}_{place}", node.get_friendly_name())
+        if name != node.get_friendly_name():
+            node.set_friendly_name(name)
+
+
+def _openvino() -> Any:
+    """OpenVINO, and NNCF later, without their telemetry: both do without the package where it is absent."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    os.environ.setdefault("NNCF_CI", "1")
+    with quiet():
+        import openvino
+    return openvino
+
+
+class OpenVinoSession:
+    """A loaded .xml."""
+
+    def __init__(
+        self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
+    ) -> None:
+        self._ov = _openvino()
+        self._inputs = tuple(inputs)
+        self._outputs = tuple(outputs)
+        self._file = file
+        try:
+            self._model = self._ov.Core().read_model(str(file))
+            self.set_threads(threads)
+        except RuntimeError as error:
+            raise IntegrityError(
+                f"{file.name} is no model that this OpenVINO loads", found=first_line(error)
+            ) from error
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """One call; the outputs are copies."""
+        try:
+            self.call(self.prepare(inputs))
+        except RuntimeError as error:
+            raise ModelError(
+                "the model refused its inputs",
+                found=", ".join(f"{name} {array.shape}" for name, array in inputs.items()),
+                expected=", ".join(f"{spec.name} {list(spec.shape)}" for spec in self._inputs),
+                fix=f"the runtime said: {first_line(error)}",
+            ) from error
+        return {name: np.array(self._request.get_tensor(name).data) for name in self._outputs}
+
+    def prepare(self, inputs: Arrays) -> list[tuple[str, Any]]:
+        """Tensors that share the arrays' memory. Raises ModelError for a wrong name or dtype."""
+        arrays = [(spec.name, checked(spec, inputs)) for spec in self._inputs]
+        return [(name, self._ov.Tensor(array, shared_memory=True)) for name, array in arrays]
+
+    def call(self, prepared: list[tuple[str, Any]]) -> None:
+        """One call whose outputs stay in the request."""
+        for name, tensor in prepared:
+            self._request.set_tensor(name, tensor)
+        self._request.start_async()
+        self._request.wait()
+
+    def set_threads(self, threads: int) -> None:
+        """Compiles the model anew for so many threads."""
+        precision = self._model.get_rt_info(HINT).astype(str) if self._model.has_rt_info(HINT) else "f32"
+        compiled = self._ov.Core().compile_model(
+            self._model,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": precision,
+                "INFERENCE_NUM_THREADS": threads,
+                "NUM_STREAMS": 1,
+                "PERFORMANCE_HINT": "LATENCY",
+            },
+        )
+        self._request = compiled.create_infer_request()
