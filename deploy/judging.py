@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deploy.validation.metrics import Drop
     from deploy.validation.result import Validated
     from deploy.validation.rung import Judge
+    from deploy.validation.sharing import Sharing
 
 
 class Judging:
@@ -75,6 +76,23 @@ class Judging:
         entry = self._bench.stage("latency", ingredients, lambda folder: self._time(artifacts, folder))
         timings: dict[str, Timing] = read_json(entry.folder / "latency.json", dict[str, Timing])
         return timings
+
+    def sharing(self, artifact: BuiltArtifact) -> "Sharing | None":
+        """How many rows should share a call; None for targets that serve nobody."""
+        if not self._bench.plan.serves:
+            return None
+        from deploy.validation.sharing import Sharing
+
+        ingredients = {"artifact": artifact.key, "machine": cpu_name(), "threads": self._bench.threads}
+        entry = self._bench.stage("sharing", ingredients, lambda folder: self._share(artifact, folder))
+        sharing: Sharing = read_json(entry.folder / "sharing.json", Sharing)
+        return sharing
+
+    def _share(self, artifact: BuiltArtifact, folder: Path) -> None:
+        from deploy.validation.sharing import measure_sharing
+
+        with self._artifacts.session(artifact) as session:
+            write_json(folder / "sharing.json", measure_sharing(session, self._bench.data.parity))
 
     def _validate(self, artifact: BuiltArtifact, folder: Path) -> None:
         from deploy.validation.rung import validate

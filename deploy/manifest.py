@@ -50,10 +50,15 @@ class Output(Value, frozen=True, kw_only=True):
 
 
 class Recommended(Value, frozen=True, kw_only=True):
-    """How to run the artifact for the latency that was measured."""
+    """How to run the artifact for the latency that was measured.
+
+    `shared_rows` is how many rows of different requests should share a call: 1 where rows depend on each
+    other or nothing is gained, None where that was not measured.
+    """
 
     threads: int
     batch: int
+    shared_rows: int | None = None
 
 
 class Machine(Value, frozen=True, kw_only=True):

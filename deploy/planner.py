@@ -101,6 +101,11 @@ class Plan:
         return self.runtime.name in EXPORTERS
 
     @property
+    def serves(self) -> bool:
+        """Whether the target answers requests of others: a server, or the machine at hand."""
+        return self.target.kind in COMPETING_KINDS
+
+    @property
     def saturates(self) -> bool:
         """Whether sums of 8-bit products overflow on some chip of the target: x86 without VNNI."""
         return any(

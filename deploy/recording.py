@@ -136,13 +136,22 @@ def manifest_record(pipeline: Pipeline, shipped: RungResult, rungs: list[Rung], 
             Output(name=o.name, shape=o.shape, dtype=o.dtype, labels=_labels_name(plan, o.name))
             for o in artifact.info.outputs
         ],
-        recommended=Recommended(threads=pipeline.bench.threads, batch=pipeline.bench.batch(1)),
+        recommended=_recommended(pipeline, artifact),
         rungs=rungs,
         budget=[*_max_drop_line(plan, shipped, rung), *budget_lines(plan, rung, folder)],
         licences=[],
         environment=environment(),
         provenance=_provenance(pipeline),
         warnings=_warnings(pipeline, shipped, rung),
+    )
+
+
+def _recommended(pipeline: Pipeline, artifact: BuiltArtifact) -> Recommended:
+    sharing = pipeline.judging.sharing(artifact)
+    return Recommended(
+        threads=pipeline.bench.threads,
+        batch=pipeline.bench.batch(1),
+        shared_rows=sharing.rows if sharing else None,
     )
 
 

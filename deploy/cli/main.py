@@ -13,6 +13,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "build": ("deploy.cli.build:command", "Prune, quantize, export, validate and measure; ship the best."),
     "validate": ("deploy.cli.validate:command", "Files, golden pair, latency and memory of a build again."),
     "prune": ("deploy.cli.prune:command", "A training checkpoint comes back smaller, ready to train on."),
+    "serve": ("deploy.cli.serve:command", "Answers requests with finished builds: Open Inference v2."),
+    "bundle": ("deploy.cli.bundle:command", "What a server ships, from a finished build."),
     "compare": ("deploy.cli.compare:command", "What changed between two builds."),
     "targets": ("deploy.cli.targets:command", "The catalogue of hardware, and the profile of this machine."),
     "doctor": ("deploy.cli.doctor:command", "What this machine lacks, and the fix for each lack."),

@@ -13,6 +13,7 @@ from calibration import compare
 from calibration.dataset import Dataset
 from calibration.spec import TensorSpec, usable_batch
 from deploy import usercode
+from deploy.builds import MIN_SNR_DB
 from deploy.manifest import Parity
 from deploy.project import EvaluateTable
 from deploy.validation import metrics
@@ -30,14 +31,6 @@ GOLDEN_SAMPLES = 8
 FOLDS = 10
 LOWEST_SNR_DB = -999.0
 MIN_FOLD = 10
-MIN_SNR_DB = {
-    "float32": 80.0,
-    "float16": 45.0,
-    "bfloat16": 30.0,
-    "int8": 15.0,
-    "int8-dynamic": 15.0,
-    "int4": 10.0,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

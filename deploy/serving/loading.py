@@ -1,0 +1,80 @@
+"""A build folder opened for serving: files checked, artifact loaded, golden pair held."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.spec import TensorSpec
+from deploy.builds import check_files, golden_pair, require_golden, specs_of
+from deploy.manifest import Manifest, read
+from exporters.base import Session, find_runtime
+
+Array = np.ndarray[Any, Any]
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """An open build. `version` is its manifest's hash, shortened: another build, another version."""
+
+    folder: Path
+    manifest: Manifest
+    version: str
+    specs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    session: Session
+    golden: dict[str, Array]
+    stamp: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.manifest.model
+
+    @property
+    def median_ms(self) -> float | None:
+        """What the build measured for one call, None where it did not."""
+        shipped = next(r for r in self.manifest.rungs if r.name == self.manifest.shipped_rung)
+        return shipped.latency.median_ms
+
+
+def load(folder: Path, *, threads: int | None = None) -> Loaded:
+    """Opens a build.
+
+    Raises IntegrityError for changed files, WrongOutputsError where the golden pair does not hold, and
+    MissingRequirementError where the runtime is absent.
+    """
+    stamp = stamp_of(folder)
+    manifest = read(folder)
+    program = check_files(folder, manifest)
+    specs = specs_of(manifest)
+    outputs = tuple(output.name for output in manifest.outputs)
+    session = find_runtime(manifest.runtime).open(
+        program, inputs=specs, outputs=outputs, threads=threads or manifest.recommended.threads
+    )
+    inputs, expected = golden_pair(folder)
+    require_golden(folder, manifest, session.run(inputs), expected)
+    version = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:12]
+    return Loaded(
+        folder=folder,
+        manifest=manifest,
+        version=version,
+        specs=specs,
+        outputs=outputs,
+        session=session,
+        golden=inputs,
+        stamp=stamp,
+    )
+
+
+def stamp_of(folder: Path) -> tuple[int, int]:
+    """What changes when another build is published: the manifest's inode and time. (0, 0) without one."""
+    try:
+        status = (folder / MANIFEST).stat()
+    except OSError:
+        return (0, 0)
+    return (status.st_ino, status.st_mtime_ns)

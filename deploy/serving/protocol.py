@@ -1,0 +1,330 @@
+"""Open Inference Protocol v2 as pure functions: bytes to arrays by name and back.
+
+https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol; the binary tensor
+extension is Triton's,
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from calibration.spec import TensorSpec
+
+Array = np.ndarray[Any, Any]
+
+DATATYPES = {
+    "bool": "BOOL",
+    "uint8": "UINT8",
+    "int8": "INT8",
+    "int16": "INT16",
+    "int32": "INT32",
+    "int64": "INT64",
+    "float16": "FP16",
+    "float32": "FP32",
+    "float64": "FP64",
+}
+LARGEST_JSON_HEADER = 1 << 20
+
+
+class RequestError(Exception):
+    """A request that cannot be answered: an HTTP status, the field that is wrong, and why."""
+
+    def __init__(self, status: int, field: str, message: str) -> None:
+        self.status = status
+        self.field = field
+        super().__init__(f"{field}: {message}" if field else message)
+
+    def body(self) -> bytes:
+        """The JSON answer."""
+        return msgspec.json.encode({"error": str(self), "field": self.field})
+
+
+class TensorParameters(msgspec.Struct, frozen=True):
+    """What an input says of its data."""
+
+    binary_data_size: int | None = None
+
+
+class InputTensor(msgspec.Struct, frozen=True):
+    """An input of a request; `data` is read once its dtype is known."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: TensorParameters = TensorParameters()
+    data: msgspec.Raw = msgspec.Raw()
+
+
+class OutputParameters(msgspec.Struct, frozen=True):
+    """How an output is wanted."""
+
+    binary_data: bool | None = None
+
+
+class WantedOutput(msgspec.Struct, frozen=True):
+    """An output that a request asks for."""
+
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class RequestParameters(msgspec.Struct, frozen=True):
+    """What holds for the whole request."""
+
+    binary_data_output: bool = False
+
+
+class InferRequest(msgspec.Struct, frozen=True):
+    """A request's JSON."""
+
+    inputs: list[InputTensor]
+    id: str = ""
+    outputs: list[WantedOutput] = []
+    parameters: RequestParameters = RequestParameters()
+
+
+class OutputTensor(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An output of an answer: its data, or the size of what follows the JSON."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, int] = {}
+    data: list[Any] | None = None
+
+
+class InferResponse(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An answer's JSON."""
+
+    model_name: str
+    model_version: str
+    outputs: list[OutputTensor]
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parsed:
+    """A request that fits: its arrays by name, and which outputs it wants in which form."""
+
+    arrays: dict[str, Array]
+    id: str
+    outputs: tuple[tuple[str, bool], ...]
+
+
+_REQUEST = msgspec.json.Decoder(InferRequest)
+_FLOATS = msgspec.json.Decoder(list[float])
+_INTEGERS = msgspec.json.Decoder(list[int])
+_BOOLEANS = msgspec.json.Decoder(list[bool])
+_ANYTHING = msgspec.json.Decoder()
+_ENCODER = msgspec.json.Encoder()
+
+
+def parse(
+    body: bytes, header_length: str | None, specs: Sequence[TensorSpec], outputs: Sequence[str]
+) -> Parsed:
+    """A request's arrays, checked against the model's inputs. Raises RequestError naming the field."""
+    text, blob = _split(body, header_length)
+    try:
+        request = _REQUEST.decode(text)
+    except msgspec.ValidationError as error:
+        raise RequestError(400, _path(error), _reason(error)) from error
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise RequestError(400, "body", f"is no JSON: {_short(error)}") from error
+    names = [tensor.name for tensor in request.inputs]
+    wanted = [spec.name for spec in specs]
+    if sorted(names) != sorted(wanted):
+        raise RequestError(400, "inputs", f"found {_listed(names)}, expected {_listed(wanted)}")
+    by_name = {spec.name: spec for spec in specs}
+    arrays, offset = {}, 0
+    for index, tensor in enumerate(request.inputs):
+        spec, field = by_name[tensor.name], f"inputs[{index}]"
+        _check_interface(tensor, spec, field)
+        size = tensor.parameters.binary_data_size
+        if size is None:
+            arrays[tensor.name] = _from_json(tensor, spec, field)
+        else:
+            arrays[tensor.name] = _from_binary(tensor, spec, field, blob, offset, size)
+            offset += size
+    if offset != len(blob):
+        raise RequestError(
+            400, "binary data", f"{len(blob)} bytes follow the JSON, the inputs claim {offset}"
+        )
+    _check_agreement(arrays, specs)
+    return Parsed(arrays=arrays, id=request.id, outputs=_wanted(request, outputs))
+
+
+def respond(
+    answers: Mapping[str, Array], parsed: Parsed, *, model: str, version: str
+) -> tuple[bytes, int | None]:
+    """An answer's body, and the length of its JSON where binary data follows."""
+    tensors, blobs = [], []
+    for name, binary in parsed.outputs:
+        array = np.ascontiguousarray(answers[name])
+        datatype = DATATYPES[str(array.dtype)]
+        shape = list(array.shape)
+        if binary:
+            blobs.append(array.tobytes())
+            size = {"binary_data_size": len(blobs[-1])}
+            tensors.append(OutputTensor(name=name, datatype=datatype, shape=shape, parameters=size))
+        else:
+            data = array.ravel().tolist()
+            tensors.append(OutputTensor(name=name, datatype=datatype, shape=shape, data=data))
+    response = InferResponse(model_name=model, model_version=version, outputs=tensors, id=parsed.id)
+    text = _ENCODER.encode(response)
+    return (b"".join([text, *blobs]), len(text)) if blobs else (text, None)
+
+
+def _split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
+    """The JSON and what follows it."""
+    if header_length is None:
+        return body, b""
+    if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 12):
+        raise RequestError(400, "Inference-Header-Content-Length", f"is {header_length[:20]!r}, no size")
+    length = int(header_length)
+    if length > min(len(body), LARGEST_JSON_HEADER):
+        raise RequestError(
+            400, "Inference-Header-Content-Length", f"is {length}, the body has {len(body)} bytes"
+        )
+    return body[:length], body[length:]
+
+
+def _check_interface(tensor: InputTensor, spec: TensorSpec, field: str) -> None:
+    datatype = DATATYPES[spec.dtype]
+    if tensor.datatype != datatype:
+        raise RequestError(400, f"{field}.datatype", f"is {tensor.datatype[:20]!r}, expected {datatype}")
+    fits = len(tensor.shape) == len(spec.shape) and all(
+        low <= size <= high for size, (low, high) in zip(tensor.shape, _bounds(spec), strict=False)
+    )
+    if not fits:
+        shown = str(tensor.shape[:8])[:100]
+        raise RequestError(400, f"{field}.shape", f"is {shown}, expected {shape_text(spec)}")
+
+
+def _bounds(spec: TensorSpec) -> list[tuple[int, int]]:
+    return [(size, size) if isinstance(size, int) else spec.bounds[size] for size in spec.shape]
+
+
+def shape_text(spec: TensorSpec) -> str:
+    """A shape for a person: "[1 to 64, 1, 8, 8]"."""
+    sizes = [str(low) if low == high else f"{low} to {high}" for low, high in _bounds(spec)]
+    return f"[{', '.join(sizes)}]"
+
+
+def _from_json(tensor: InputTensor, spec: TensorSpec, field: str) -> Array:
+    raw = bytes(tensor.data)
+    if not raw:
+        raise RequestError(400, f"{field}.data", "is missing")
+    dtype = np.dtype(spec.dtype)
+    decoder: Any = {"f": _FLOATS, "b": _BOOLEANS}.get(dtype.kind, _INTEGERS)
+    try:
+        values = decoder.decode(raw)
+    except msgspec.ValidationError:
+        values = _flattened(raw, dtype, tensor.shape, field)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RequestError(400, f"{field}.data", _short(error)) from error
+    if len(values) != math.prod(tensor.shape):
+        raise RequestError(
+            400, f"{field}.data", f"has {len(values)} numbers, the shape asks for {math.prod(tensor.shape)}"
+        )
+    try:
+        with np.errstate(over="ignore"):
+            array = np.array(values, dtype=dtype).reshape(tensor.shape)
+    except (OverflowError, ValueError, TypeError) as error:
+        raise RequestError(400, f"{field}.data", f"does not fit {tensor.datatype}") from error
+    return _finite(array, field)
+
+
+def _flattened(raw: bytes, dtype: Any, shape: list[int], field: str) -> list[Any]:
+    """Nested lists of the tensor's shape as one list. Raises RequestError for anything else."""
+    kinds = {"f": (int, float), "b": (bool,)}.get(dtype.kind, (int,))
+    try:
+        level: list[Any] = [_ANYTHING.decode(raw)]
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RequestError(400, f"{field}.data", _short(error)) from error
+    for size in shape:
+        if not all(isinstance(row, list) and len(row) == size for row in level):
+            raise RequestError(400, f"{field}.data", f"is neither flat nor nested as {shape}")
+        level = [value for row in level for value in row]
+    if not all(type(value) in kinds for value in level):
+        raise RequestError(400, f"{field}.data", f"holds something else than {dtype} numbers")
+    return level
+
+
+def _from_binary(
+    tensor: InputTensor, spec: TensorSpec, field: str, blob: bytes, offset: int, size: int
+) -> Array:
+    dtype = np.dtype(spec.dtype)
+    expected = math.prod(tensor.shape) * dtype.itemsize
+    if bytes(tensor.data):
+        raise RequestError(400, f"{field}.data", "stands beside binary data")
+    if size != expected or offset + size > len(blob):
+        raise RequestError(
+            400,
+            f"{field}.parameters.binary_data_size",
+            f"is {size}, the shape asks for {expected}, {max(0, len(blob) - offset)} bytes are there",
+        )
+    flat = np.frombuffer(blob, dtype, count=math.prod(tensor.shape), offset=offset)
+    array = flat.reshape(tensor.shape).copy()  # aligned and writable, which runtimes rely on
+    if dtype.kind == "b" and (np.frombuffer(blob, np.uint8, count=size, offset=offset) > 1).any():
+        raise RequestError(400, f"{field}.data", "holds something else than 0 and 1")
+    return _finite(array, field)
+
+
+def _finite(array: Array, field: str) -> Array:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise RequestError(
+            400, f"{field}.data", f"holds NaN, infinity, or numbers too large for {array.dtype}"
+        )
+    return array
+
+
+def _check_agreement(arrays: Mapping[str, Array], specs: Sequence[TensorSpec]) -> None:
+    """A named dimension has one size in all inputs."""
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        for name, size in zip(spec.shape, arrays[spec.name].shape, strict=True):
+            if isinstance(name, str) and sizes.setdefault(name, size) != size:
+                raise RequestError(
+                    400, "inputs", f"{name} is {size} in {spec.name} and {sizes[name]} in another"
+                )
+
+
+def _wanted(request: InferRequest, outputs: Sequence[str]) -> tuple[tuple[str, bool], ...]:
+    default = request.parameters.binary_data_output
+    if not request.outputs:
+        return tuple((name, default) for name in outputs)
+    wanted = []
+    for index, output in enumerate(request.outputs):
+        if output.name not in outputs:
+            raise RequestError(
+                400, f"outputs[{index}].name", f"is {output.name[:40]!r}, expected {_listed(outputs)}"
+            )
+        binary = output.parameters.binary_data
+        wanted.append((output.name, default if binary is None else binary))
+    if len({name for name, _ in wanted}) < len(wanted):
+        raise RequestError(400, "outputs", "names one twice")
+    return tuple(wanted)
+
+
+def _path(error: msgspec.ValidationError) -> str:
+    """The field that msgspec names, "inputs[0].shape" for "... - at `$.inputs[0].shape`"."""
+    _, found, path = str(error).partition(" - at `$")
+    return path.rstrip("`").lstrip(".").replace("[...]", "[]") if found else "body"
+
+
+def _reason(error: msgspec.ValidationError) -> str:
+    return str(error).partition(" - at ")[0][:200]
+
+
+def _short(error: BaseException) -> str:
+    return str(error)[:120]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [name[:40] for name in names[:8]]
+    return ", ".join(shown) + (" and more" if len(names) > 8 else "") if names else "none"
