@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from deploy import foreign
 from deploy.manifest import LayerSensitivity
 from deploy.planner import RungPlan
 from deploy.variants import Variants
@@ -153,7 +154,7 @@ class Artifacts:
 
     def sensitivity(self, rung: RungPlan) -> list[LayerSensitivity]:
         """Each layer's own quantization noise, on calibration data; empty for rungs without static int8."""
-        if rung.precision != "int8":
+        if rung.precision != "int8" or self._bench.foreign:
             return []
         kept = self._float_layers(rung)
         return [msgspec.structs.replace(each, kept_float=each.layer in kept) for each in self._measured(rung)]
@@ -216,10 +217,27 @@ class Artifacts:
     def _convert(self, pruned: bool, folder: Path) -> None:
         from exporters.onnx import to_onnx
 
+        if self._bench.foreign:
+            self._convert_foreign(folder)
+            return
         captured = self._capture(pruned)
         model = to_onnx(captured, folder / ONNX)
         converted = Converted(interface=_interface(captured), modules=dict(model.modules))
         write_json(folder / "onnx.json", converted)
+
+    def _convert_foreign(self, folder: Path) -> None:
+        """The user's own ONNX model; its nodes stand for modules, so that [quantize] exclude names them."""
+        bench = self._bench
+        file = bench.plan.project.path(bench.tables.model.source)
+        model = foreign.prepared(file, bench.specs)
+        (folder / ONNX).write_bytes(model.SerializeToString(deterministic=True))
+        outputs = [
+            OutputInfo(name=name, shape=shape, dtype=dtype)
+            for name, shape, dtype in foreign.outputs_of(model, list(bench.tables.outputs), file)
+        ]
+        interface = Interface(inputs=[spec.name for spec in bench.specs], outputs=outputs)
+        modules = {node.name: node.name for node in model.graph.node}
+        write_json(folder / "onnx.json", Converted(interface=interface, modules=modules))
 
     def _capture(self, pruned: bool) -> "Captured":
         from exporters.capture import capture

@@ -10,7 +10,7 @@ import tomli_w
 
 from calibration import sources
 from calibration.spec import TensorSpec
-from deploy import huggingface, project
+from deploy import foreign, huggingface, project
 from targets.errors import DeployError, MissingRequirementError, UsageError
 
 if TYPE_CHECKING:
@@ -164,11 +164,11 @@ def _model_path(model: str | Path | None) -> tuple[Path, str | None]:
             expected="model.py, model.py:factory or a Hugging Face folder",
             fix="correct the name",
         )
-    if path.is_file() and path.suffix != ".py":
+    if path.is_file() and path.suffix not in (".py", foreign.SUFFIX):
         raise UsageError(
             f"{path.name} is no model source",
             found=path.suffix or "no suffix",
-            expected="the Python file that defines the model, or a Hugging Face folder",
+            expected="the Python file that defines the model, a Hugging Face folder, or an ONNX model",
             fix="name the .py file; weights beside it are found",
         )
     return path, attribute if name else None
@@ -200,19 +200,20 @@ def _inspect(path: Path, attribute: str | None, folder: Path, given: Sequence[Te
     from deploy.model import run_factory
 
     relative = Path(os.path.relpath(path, folder)).as_posix()
-    if path.is_dir():
-        source = relative
-    else:
-        source = f"{relative}:{attribute}" if attribute else find_factory(relative, folder)
+    whole = path.is_dir() or foreign.is_model(path)  # brings its weights and says what its inputs are
+    factory = f"{relative}:{attribute}" if attribute else relative
+    source = factory if whole or attribute else find_factory(relative, folder)
     beside = path if path.is_dir() else path.parent
     found = _Findings(folder=folder, name=beside.resolve().name or "model", source=source)
-    module = run_factory(source, folder).eval()
-    if path.is_file():
+    if whole and not given:
+        given = _own_specs(path)
+    module = (
+        foreign.load_module(path, given) if foreign.is_model(path) else run_factory(source, folder).eval()
+    )
+    if not whole:
         module = _find_weights(found, beside) or module
     files = _data_files(found, beside)
     arrays = _arrays(found, files)
-    if path.is_dir() and not given:
-        given = _folder_specs(path)
     found.inspected = inspect_model(module, folder, arrays=arrays, inputs=given)
     found.notes += found.inspected.notes
     _rename_only_input(found, arrays)
@@ -224,8 +225,9 @@ def _inspect(path: Path, attribute: str | None, folder: Path, given: Sequence[Te
     return found
 
 
-def _folder_specs(path: Path) -> tuple[TensorSpec, ...]:
-    tables = {"model": {"source": "-"}, "inputs": huggingface.default_inputs(path)}
+def _own_specs(path: Path) -> tuple[TensorSpec, ...]:
+    inputs = foreign.default_inputs(path) if foreign.is_model(path) else huggingface.default_inputs(path)
+    tables = {"model": {"source": "-"}, "inputs": inputs}
     return project.Project(file=path / NAME, tables=project.check(tables, origin=NAME)).specs()
 
 

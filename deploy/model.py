@@ -1,11 +1,11 @@
-"""The user's model, "file.py:factory" with its weights or a Hugging Face folder, as a module to work on."""
+"""The user's model ("file.py:factory" with weights, a Hugging Face folder, an ONNX file) as a module."""
 
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from deploy import huggingface, usercode
+from deploy import foreign, huggingface, usercode
 from deploy.project import Project
 from deploy.weights import assign, check_finite, load_weights
 from targets.errors import ModelError, UsageError
@@ -17,6 +17,9 @@ def load_module(project: Project) -> nn.Module:
     Raises UsageError for what is missing, ModelError for a factory that raises or weights that do not fit.
     """
     _check_source(project)
+    if foreign.is_model(project.tables.model.source):
+        module: nn.Module = foreign.load_module(project.path(project.tables.model.source), project.specs())
+        return module
     module = run_factory(project.tables.model.source, project.folder)
     if project.tables.model.weights:
         file = project.path(project.tables.model.weights)
@@ -34,7 +37,7 @@ def run_factory(source: str, folder: Path) -> nn.Module:
         raise UsageError(
             "model.source does not fit",
             found=repr(source),
-            expected='a factory such as "model.py:build", or a Hugging Face folder with config.json',
+            expected='a factory such as "model.py:build", a Hugging Face folder, or model.onnx',
             fix="correct [model] source; paths are relative to deploy.toml",
         )
     factory = usercode.load_attribute(source, folder)
@@ -50,11 +53,12 @@ def run_factory(source: str, folder: Path) -> nn.Module:
 
 
 def _check_source(project: Project) -> None:
-    """A Hugging Face folder holds its own weights: others beside it would leave open which count."""
+    """What holds its own weights takes no others: they would leave open which count."""
     tables = project.tables.model
-    if tables.weights and huggingface.is_folder(project.path(tables.source)):
+    whole = foreign.is_model(tables.source) or huggingface.is_folder(project.path(tables.source))
+    if tables.weights and whole:
         raise UsageError(
-            "model.weights cannot go with a Hugging Face folder",
+            "model.weights cannot go with a model that holds its own",
             found=repr(tables.weights),
             expected=f"the weights in {tables.source}",
             fix="remove [model] weights",

@@ -82,6 +82,8 @@ class Pipeline:
         plan = self.bench.plan
         if rung.plan.precision != "int8" or len(plan.rungs) == 1 or rung.validated is None:
             return False
+        if self.bench.foreign:
+            return False
         same = [r for r in made if (r.plan.runtime, r.plan.pruned) == (rung.plan.runtime, rung.plan.pruned)]
         floats = [r for r in same if r.plan.precision == "float32"]
         if any(accuracy_fails(plan, other) for other in floats):

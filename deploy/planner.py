@@ -5,6 +5,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from deploy import foreign
 from deploy.manifest import PlanRecord, PlanStep, Refusal
 from deploy.project import Project
 from exporters.base import EXPORTERS, Form, int8_variants, missing_packages
@@ -153,7 +154,8 @@ def make_plan(
     Raises UsageError for a pattern that nothing on the target executes, and for words nobody knows.
     """
     _check_words(project, objective, accepted_licences)
-    support, passed_over, fallback = _choose_runtime(target, next(iter(runtimes), None), accepted_licences)
+    wanted = next(iter(runtimes), None)
+    support, passed_over, fallback = _choose_runtime(project, target, wanted, accepted_licences)
     rivals = _wanted(target, runtimes[1:]) if runtimes else _rivals(target, support, accepted_licences)
     supports = (support, *rivals) if ladder else (support,)
     pattern, reason, refused = _choose_pattern(project, target, support, objective, accepted_licences)
@@ -201,14 +203,28 @@ def _one_of(what: str, word: str, known: tuple[str, ...]) -> None:
         )
 
 
+def _exporters(project: Project) -> list[str]:
+    """The runtimes whose exporter can start from the project's model."""
+    if not foreign.is_model(project.tables.model.source):
+        return list(EXPORTERS)
+    return [name for name, entry in EXPORTERS.items() if entry.accepts is Form.ONNX]
+
+
 def _choose_runtime(
-    target: Target, wanted: str | None, accepted: Collection[str]
+    project: Project, target: Target, wanted: str | None, accepted: Collection[str]
 ) -> tuple[RuntimeSupport, tuple[truth.Refused, ...], str | None]:
     """The wanted runtime, else the first that this version has, else the target's preferred one."""
     chip, shared = target.chips[0], _shared(target)
     if wanted is not None:
+        if wanted in EXPORTERS and wanted not in _exporters(project):
+            raise UsageError(
+                f"{wanted} cannot hold {project.tables.model.source}",
+                found="an ONNX model",
+                expected=f"a torch model, or one of {', '.join(_exporters(project))}",
+                fix=f"use --runtime {_exporters(project)[0]}, or name the torch model it came from",
+            )
         return _wanted(target, [wanted])[0], (), None
-    available = {name for name in EXPORTERS if not missing_packages(name)} & {
+    available = {name for name in _exporters(project) if not missing_packages(name)} & {
         support.name for support in shared
     }
     choice = truth.choose_runtime(chip, available=available, accepted_licences=accepted)
@@ -298,6 +314,8 @@ def _choose_pruning(project: Project, multiple: int, pattern: str) -> tuple[Prun
     prune, evaluate = project.tables.prune, project.tables.evaluate
     if pattern == "dense":
         return None, None
+    if foreign.is_model(project.tables.model.source):
+        return None, _unprunable(prune.sparsity, pattern)
     measurable = evaluate is not None and evaluate.source != "synthetic"
     if prune.sparsity is None and not measurable:
         return (
@@ -317,6 +335,19 @@ def _choose_pruning(project: Project, multiple: int, pattern: str) -> tuple[Prun
         asked=prune.sparsity is not None,
     )
     return pruning, None
+
+
+def _unprunable(sparsity: float | None, pattern: str) -> str:
+    """Why an ONNX model keeps its channels. Raises UsageError where a person asked for a sparsity."""
+    reason = "channels are found by autograd through torch's layers, which an ONNX model no longer has"
+    if sparsity is not None and pattern == "structured":
+        raise UsageError(
+            "structured pruning of an ONNX model is refused",
+            found=f"sparsity {sparsity:g}: {reason}",
+            expected="the torch model that it was exported from",
+            fix='name that as [model] source, or set [prune] pattern = "none"; quantization works as it is',
+        )
+    return f"nothing is pruned: {reason}"
 
 
 def _choose_precision(project: Project, supports: tuple[RuntimeSupport, ...]) -> tuple[str, str]:

@@ -256,14 +256,16 @@ def load(path: Path) -> Project:
 
 
 def _with_inputs(data: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The tables with the inputs that a Hugging Face folder implies, where [inputs] is left out."""
+    """The tables with the inputs that a Hugging Face folder or an ONNX file implies, without [inputs]."""
     model = data.get("model")
     source = model.get("source") if isinstance(model, dict) else None
     if data.get("inputs") or not isinstance(source, str) or "\0" in source:
         return data
-    from deploy import huggingface
+    from deploy import foreign, huggingface
 
     folder = file.parent / source
+    if foreign.is_model(folder):
+        return {**data, "inputs": foreign.default_inputs(folder)}
     return {**data, "inputs": huggingface.default_inputs(folder)} if huggingface.is_folder(folder) else data
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from deploy import foreign
 from deploy.cache import Entry
 from deploy.manifest import Asked, LayerWidths, RecoveryPoint
 from deploy.workbench import Workbench, read_json, write_json
@@ -159,6 +160,11 @@ class Variants:
         checkpoint.unlink(missing_ok=True)
 
     def _count(self, pruned: bool, folder: Path) -> None:
+        if self._bench.foreign:
+            file = self._bench.plan.project.path(self._bench.tables.model.source)
+            parameters, macs = foreign.cost(foreign.read(file), self._bench.specs)
+            write_json(folder / "cost.json", Cost(parameters=parameters, macs=macs))
+            return
         from deploy.pruning.cost import count_cost
         from exporters.capture import check_forward, example, order_inputs, positional
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from calibration.spec import TensorSpec, usable_batch
-from deploy import huggingface, usercode
+from deploy import foreign, huggingface, usercode
 from deploy.cache import Cache, Entry, file_digest
 from deploy.data import ProjectData
 from deploy.environment import own_code, versions
@@ -65,6 +65,11 @@ class Workbench:
     def threads(self) -> int:
         """The threads that latency is measured with and the manifest recommends: no more than here."""
         return max(1, min(self.plan.runtime.threads, os.cpu_count() or 1))
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the model is an ONNX file, and no torch module is behind it."""
+        return foreign.is_model(self.tables.model.source)
 
     def batch(self, wanted: int = CALIBRATION_BATCH) -> int:
         """A batch near the wanted size that the inputs allow."""
@@ -138,6 +143,8 @@ class Workbench:
         table = self.tables.model
         if huggingface.is_folder(folder := self.plan.project.path(table.source)):
             return huggingface.fingerprint(folder)
+        if foreign.is_model(folder):
+            return foreign.fingerprint(folder)
         parts = [self._code.of(table.source, self.dense)]
         if table.weights:
             file = self.plan.project.path(table.weights)

@@ -93,7 +93,7 @@ def _strip_(model: Any) -> None:
     for held in (model, model.graph, *model.functions):
         del held.metadata_props[:]
         held.doc_string = ""
-    for graph in _graphs(model.graph):
+    for graph in graphs_of(model.graph):
         for entry in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
             del entry.metadata_props[:]
             entry.doc_string = ""
@@ -105,13 +105,13 @@ def _strip_(model: Any) -> None:
     model.producer_name, model.producer_version = "edge-deploy", ""
 
 
-def _graphs(graph: Any) -> list[Any]:
+def graphs_of(graph: Any) -> list[Any]:
     """A graph and those in the attributes of its nodes."""
     found = [graph]
     for node in graph.node:
         for attribute in node.attribute:
             for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                found += _graphs(inner)
+                found += graphs_of(inner)
     return found
 
 

@@ -58,6 +58,7 @@ def make_app(service: Service, options: AppOptions) -> Starlette:
     routes = [Route(path, api.guarded(handler, secret=False)) for path, handler in open_routes.items()]
     for path, handler, method in (
         ("/", api.page, "GET"),
+        ("/favicon.ico", api.icon, "GET"),
         ("/page.js", api.script, "GET"),
         ("/page.css", api.style, "GET"),
         ("/openapi.json", api.openapi, "GET"),
@@ -208,6 +209,10 @@ class _Api:
         return Response(
             _asset("page.html"), media_type="text/html", headers={"content-security-policy": policy}
         )
+
+    async def icon(self, request: Request) -> Response:
+        """None."""
+        return Response(status_code=204)
 
     async def script(self, request: Request) -> Response:
         """The page's script."""

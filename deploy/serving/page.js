@@ -52,15 +52,18 @@ function draw(answer) {
     const values = output.data.slice(0, width).map(Number);
     const order = values.map((value, index) => [value, index]).sort((a, b) => b[0] - a[0]).slice(0, MOST_BARS);
     const shown = values.length <= MOST_BARS ? values.map((value, index) => [value, index]) : order;
-    const low = Math.min(0, ...values), high = Math.max(...values);
+    const low = Math.min(0, ...values), high = Math.max(low + 1e-9, 0, ...values);
     for (const [value, index] of shown) {
       const bar = document.createElement("div");
       bar.className = "bar";
-      const label = document.createElement("span"), meter = document.createElement("meter"), number = document.createElement("output");
+      const [label, track, fill, number] = ["span", "div", "div", "output"].map((tag) => document.createElement(tag));
       label.textContent = index;
-      meter.min = low; meter.max = high > low ? high : low + 1; meter.value = value;
+      track.className = "track";
+      fill.style.left = `${(100 * (Math.min(0, value) - low)) / (high - low)}%`;
+      fill.style.width = `${(100 * Math.abs(value)) / (high - low)}%`;
+      track.append(fill);
       number.textContent = value.toPrecision(4);
-      bar.append(label, meter, number);
+      bar.append(label, track, number);
       part.append(bar);
     }
     return part;

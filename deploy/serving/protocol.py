@@ -314,7 +314,7 @@ def _wanted(request: InferRequest, outputs: Sequence[str]) -> tuple[tuple[str, b
 def _path(error: msgspec.ValidationError) -> str:
     """The field that msgspec names, "inputs[0].shape" for "... - at `$.inputs[0].shape`"."""
     _, found, path = str(error).partition(" - at `$")
-    return path.rstrip("`").lstrip(".").replace("[...]", "[]") if found else "body"
+    return path.rstrip("`").lstrip(".") if found else "body"
 
 
 def _reason(error: msgspec.ValidationError) -> str:
