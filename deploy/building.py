@@ -175,16 +175,26 @@ def _demanded(rung: Rung, options: BuildOptions) -> Rung:
 
 
 def _candidate(plan: Plan, rung: Rung, result: RungResult) -> ladder.Candidate:
-    latency = rung.latency
-    interval = latency.ci95_ms or [float("inf"), float("inf")]
+    median_ms, interval = _cost_ms(rung)
     return ladder.Candidate(
         name=rung.name,
         size_bytes=rung.size_bytes or 0,
-        median_ms=float("inf") if latency.median_ms is None else latency.median_ms,
-        interval=(interval[0], interval[1]),
+        median_ms=median_ms,
+        interval=interval,
         fails=rung.dropped or accuracy_fails(plan, result),
         over_budget=_over_budget(plan, rung),
     )
+
+
+def _cost_ms(rung: Rung) -> tuple[float, tuple[float, float]]:
+    """What is compared: milliseconds of a call, or of a sample where samples a second were measured."""
+    if rate := rung.throughput:
+        low, high = rate.ci95
+        return 1000 / rate.samples_per_s, (1000 / high, 1000 / low)
+    latency = rung.latency
+    if latency.median_ms is None or not latency.ci95_ms:
+        return float("inf"), (float("inf"), float("inf"))
+    return latency.median_ms, (latency.ci95_ms[0], latency.ci95_ms[1])
 
 
 def _over_budget(plan: Plan, rung: Rung) -> str | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deploy.validation.result import Validated
     from deploy.validation.rung import Judge
     from deploy.validation.sharing import Sharing
+    from deploy.validation.throughput import Rate
 
 
 class Judging:
@@ -76,6 +77,31 @@ class Judging:
         entry = self._bench.stage("latency", ingredients, lambda folder: self._time(artifacts, folder))
         timings: dict[str, Timing] = read_json(entry.folder / "latency.json", dict[str, Timing])
         return timings
+
+    def rates(self, artifacts: Sequence[BuiltArtifact]) -> "dict[str, Rate]":
+        """The samples a second of each, by rung, where the objective asks for them."""
+        if not artifacts or self._bench.plan.objective != "throughput":
+            return {}
+        from deploy.validation.throughput import Rate
+
+        ingredients = {
+            "artifacts": [[artifact.rung.name, artifact.key] for artifact in artifacts],
+            "machine": cpu_name(),
+            "threads": self._bench.threads,
+        }
+        entry = self._bench.stage("throughput", ingredients, lambda folder: self._rate(artifacts, folder))
+        rates: dict[str, Rate] = read_json(entry.folder / "throughput.json", dict[str, Rate])
+        return rates
+
+    def _rate(self, artifacts: Sequence[BuiltArtifact], folder: Path) -> None:
+        from deploy.validation.throughput import measure_rates
+
+        with ExitStack() as stack:
+            sessions = {
+                each.rung.name: stack.enter_context(self._artifacts.session(each)) for each in artifacts
+            }
+            rates = measure_rates(sessions, self._bench.data.parity, threads=self._bench.threads)
+        write_json(folder / "throughput.json", rates)
 
     def sharing(self, artifact: BuiltArtifact) -> "Sharing | None":
         """How many rows should share a call; None for targets that serve nobody."""

@@ -112,6 +112,15 @@ class Latency(Value, frozen=True, kw_only=True):
     reason: str | None = None
 
 
+class Throughput(Value, frozen=True, kw_only=True):
+    """Samples a second with its 95% interval, at the batch and threads that gave the most."""
+
+    samples_per_s: float
+    ci95: list[float]
+    batch: int
+    threads: int
+
+
 class LeftOut(Value, frozen=True, kw_only=True):
     """An operator the delegate did not take."""
 
@@ -146,6 +155,7 @@ class Rung(Value, frozen=True, kw_only=True):
     delegation: Delegation | None
     reason: str
     dropped: str | None = None
+    throughput: Throughput | None = None
 
 
 class BudgetLine(Value, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ from targets.errors import ModelError, WrongOutputsError
 if TYPE_CHECKING:
     from deploy.validation.latency import Timing
     from deploy.validation.result import Validated
+    from deploy.validation.throughput import Rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class RungResult:
     validated: "Validated | None" = None
     golden: Path | None = None
     timing: "Timing | None" = None
+    rate: "Rate | None" = None
     dropped: str | None = None
 
 
@@ -49,8 +51,11 @@ class Pipeline:
         """Every rung of the plan: made, validated and timed. Raises for a wrong float32 export."""
         made = [self._make(rung) for rung in self._planned()]
         made += [self._make(replace(rung.plan, mixed=True)) for rung in made if self._wants_mixed(rung, made)]
-        timings = self.judging.time([r.artifact for r in made if r.artifact and r.dropped is None])
-        return [replace(rung, timing=timings.get(rung.plan.name)) for rung in made]
+        sound = [rung.artifact for rung in made if rung.artifact and rung.dropped is None]
+        timings, rates = self.judging.time(sound), self.judging.rates(sound)
+        return [
+            replace(rung, timing=timings.get(rung.plan.name), rate=rates.get(rung.plan.name)) for rung in made
+        ]
 
     def _planned(self) -> tuple[RungPlan, ...]:
         """The plan's rungs; without the pruned ones where the model has nothing to prune."""

@@ -24,6 +24,7 @@ from deploy.manifest import (
     Provenance,
     Recommended,
     Rung,
+    Throughput,
     Verdict,
 )
 from deploy.pipeline import Pipeline, RungResult
@@ -56,6 +57,16 @@ def rung_record(pipeline: Pipeline, result: RungResult) -> Rung:
         delegation=_delegation(delegated) if delegated else None,
         reason="",
         dropped=result.dropped,
+        throughput=_throughput(result),
+    )
+
+
+def _throughput(result: RungResult) -> Throughput | None:
+    rate = result.rate
+    if rate is None:
+        return None
+    return Throughput(
+        samples_per_s=rate.samples_per_s, ci95=list(rate.interval), batch=rate.batch, threads=rate.threads
     )
 
 
@@ -136,7 +147,7 @@ def manifest_record(pipeline: Pipeline, shipped: RungResult, rungs: list[Rung], 
             Output(name=o.name, shape=o.shape, dtype=o.dtype, labels=_labels_name(plan, o.name))
             for o in artifact.info.outputs
         ],
-        recommended=_recommended(pipeline, artifact),
+        recommended=_recommended(pipeline, artifact, rung),
         rungs=rungs,
         budget=[*_max_drop_line(plan, shipped, rung), *budget_lines(plan, rung, folder)],
         licences=[],
@@ -146,11 +157,12 @@ def manifest_record(pipeline: Pipeline, shipped: RungResult, rungs: list[Rung], 
     )
 
 
-def _recommended(pipeline: Pipeline, artifact: BuiltArtifact) -> Recommended:
-    sharing = pipeline.judging.sharing(artifact)
+def _recommended(pipeline: Pipeline, artifact: BuiltArtifact, rung: Rung) -> Recommended:
+    """For the objective: one sample at a time, or the batch and threads with the most samples a second."""
+    sharing, best = pipeline.judging.sharing(artifact), rung.throughput
     return Recommended(
-        threads=pipeline.bench.threads,
-        batch=pipeline.bench.batch(1),
+        threads=best.threads if best else pipeline.bench.threads,
+        batch=best.batch if best else pipeline.bench.batch(1),
         shared_rows=sharing.rows if sharing else None,
     )
 

@@ -75,7 +75,13 @@ def accuracy_claim(accuracy: Accuracy) -> str:
 
 def notices(report: Report, *, build: str = "BUILD") -> list[Notice]:
     """Everything that limits the headline, gravest first; `build` is the folder's name in commands."""
-    found = [*_shipping(report), *_judging(report), *_choosing(report, build), *_budgets(report)]
+    found = [
+        *_shipping(report),
+        *_judging(report),
+        *_choosing(report, build),
+        *_throughput(report),
+        *_budgets(report),
+    ]
     found += [*_surroundings(report), *_reused(report)]
     order: dict[Severity, int] = {"alarm": 0, "caution": 1, "note": 2}
     return sorted(found, key=lambda notice: order[notice.severity])
@@ -141,6 +147,18 @@ def _choosing(report: Report, build: str) -> Iterator[Notice]:
         )
         text = told + runner_up
         yield Notice(severity="note", title=title, text=text)
+
+
+def _throughput(report: Report) -> Iterator[Notice]:
+    rung = shipped(report.manifest)
+    if rung is None or rung.throughput is None:
+        return
+    best = rung.throughput
+    low, high = best.ci95
+    rate = f"{best.samples_per_s:,.0f} samples a second [{low:,.0f}, {high:,.0f}]"
+    threads = "1 thread" if best.threads == 1 else f"{best.threads} threads"
+    text = f"{rate} with a batch of {best.batch} and {threads}: the objective that chose"
+    yield Notice(severity="note", title="Throughput", text=text)
 
 
 def _proxy(where: str, target: str) -> str:
