@@ -14,12 +14,15 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
 class EagerSession:
-    """A project's float32 module under inference_mode with one thread; the process ends with the block."""
+    """A project's float32 module under inference_mode, with one thread by default; ends with the block.
 
-    def __init__(self, project: Path) -> None:
+    With `compiled`, through torch.compile and its defaults.
+    """
+
+    def __init__(self, project: Path, *, threads: int = 1, compiled: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(project, theirs), daemon=True)
+        self._process = context.Process(target=_serve, args=(project, theirs, threads, compiled), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -46,7 +49,7 @@ class EagerSession:
         return self._connection.recv()
 
 
-def _serve(project: Path, connection: Connection) -> None:
+def _serve(project: Path, connection: Connection, threads: int, compiled: bool) -> None:
     """Arrays are kept, a number is so many timed calls."""
     import torch
 
@@ -54,10 +57,11 @@ def _serve(project: Path, connection: Connection) -> None:
     from deploy.project import load
     from exporters.capture import order_inputs
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     settings = load(project)
     module = load_module(settings)
     names = [spec.name for spec in order_inputs(module, settings.specs())[0]]
+    called: Any = torch.compile(module) if compiled else module
     tensors: list[torch.Tensor] = []
     with torch.inference_mode():
         while True:
@@ -69,7 +73,7 @@ def _serve(project: Path, connection: Connection) -> None:
                 tensors = [torch.from_numpy(np.ascontiguousarray(request[name])) for name in names]
                 connection.send(None)
             else:
-                connection.send(_timed(module, tensors, request))
+                connection.send(_timed(called, tensors, request))
 
 
 def _timed(module: Any, tensors: list[Any], calls: int) -> list[int]:

@@ -191,7 +191,69 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-TABLES: dict[str, Callable[[Result], str]] = {"start_up": start_up, "overhead": overhead, "gains": gains}
+def quick_starts(result: Result) -> str:
+    """What a host build ships against the libraries' own quick starts."""
+    entries = result["entries"]
+    rows = [
+        (
+            entry["model"],
+            f"**{row['name']}**" if row["name"] == "deploy build" else row["name"],
+            _spread(row["latency_ms"], 4),
+            "" if row["drop"] is None else f"{100 * row['drop']:.2f}",
+            f"{row['faster_than_eager']['median']:.2f}",
+        )
+        for entry in entries
+        for row in entry["rows"]
+    ]
+    verdicts = [
+        (
+            entry["model"],
+            entry["ships"],
+            entry["best"],
+            _spread(entry["against_best"], 2),
+            "no" if entry["against_best"]["interval"][1] >= 1 else "yes",
+        )
+        for entry in entries
+    ]
+    failed = [
+        f"- {entry['model']}: {name}: {why}" for entry in entries for name, why in entry["failed"].items()
+    ]
+    rounds = entries[0]["rows"][0]["latency_ms"]["runs"]
+    text = _origin(result, f"{rounds} rounds of about 10 ms each, in alternating order")
+    text += _table(("model", "recipe", "ms [95%]", "points lost", "faster than eager"), rows)
+    text += "\n### Against the best quick start\n\n"
+    text += _table(
+        ("model", "ships", "best quick start", "times as fast [95%]", "slower beyond noise"), verdicts
+    )
+    text += f"\nGeometric mean {result['geometric_mean']:.2f}; the goal is {result['goal']:g}.\n"
+    return text + ("\nQuick starts that failed:\n\n" + "".join(failed) if failed else "")
+
+
+def server(result: Result) -> str:
+    """What a request costs the server beyond the model."""
+    rows = [
+        (
+            str(row["concurrency"]),
+            _spread(row["over_us"], 0),
+            f"{result['limit_us']:g}",
+            "met" if row["over_us"]["interval"][1] <= result["limit_us"] else "missed",
+            _spread(row["per_second"], 0),
+        )
+        for row in result["rows"]
+    ]
+    heads = ("at once", "us over the raw call, median [95%]", "at most", "goal", "requests a second")
+    runs = result["rows"][0]["over_us"]["runs"]
+    text = _origin(result, f"{runs} interleaved rounds of {result['requests']} requests")
+    return text + _table(heads, rows) + f"\nThe raw call: {_spread(result['raw_us'], 0)} us.\n"
+
+
+TABLES: dict[str, Callable[[Result], str]] = {
+    "start_up": start_up,
+    "overhead": overhead,
+    "gains": gains,
+    "quick_starts": quick_starts,
+    "server": server,
+}
 
 
 def rendered(page: str, results: Mapping[str, Result]) -> str:

@@ -162,6 +162,8 @@ def make_plan(
     multiple = math.lcm(*(each.channel_multiple for each in supports))
     pruning, unpruned = _choose_pruning(project, multiple, pattern)
     precision, precision_reason = _choose_precision(project, supports)
+    supports = tuple(each for each in supports if _tried(project, each))
+    support = supports[0]
     rungs = _rungs(project, supports, precision, pruning is not None, ladder)
     notes = _notes(project, target, support, unpruned)
     return Plan(
@@ -366,7 +368,8 @@ def _offered(support: RuntimeSupport) -> tuple[str, ...]:
     """The precisions that may be asked for, dynamic int8 among them where the exporter can make it."""
     entry = EXPORTERS.get(support.name)
     dynamic = "int8" in support.precisions and (entry is None or entry.dynamic_int8)
-    return (*support.precisions, *(("int8-dynamic",) if dynamic else ()))
+    weights = entry is not None and entry.weight_int4
+    return (*support.precisions, *(("int8-dynamic",) if dynamic else ()), *(("int4",) if weights else ()))
 
 
 def _rungs(

@@ -148,6 +148,7 @@ class Entry:
     runs_on: tuple[str, ...]
     int8: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
     dynamic_int8: bool = False
+    weight_int4: bool = False
 
     @property
     def serves(self) -> bool:
@@ -173,6 +174,7 @@ EXPORTERS: dict[str, Entry] = {
         packages=(*TORCH, "onnx", "onnxscript", "onnxruntime"),
         runs_on=("onnxruntime",),
         dynamic_int8=True,
+        weight_int4=True,
     ),
     "openvino": Entry(
         attribute="exporters.openvino:OpenVinoExporter",

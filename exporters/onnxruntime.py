@@ -6,6 +6,7 @@ Follows ONNX Runtime's own guide for CPU inference: unsigned activations and sig
 """
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,23 @@ import numpy as np
 
 from calibration.spec import TensorSpec
 from exporters.arrays import Arrays, checked
-from exporters.base import Artifact, Quantization
+from exporters.base import Artifact, Delegated, Operator, Quantization
 from exporters.onnx import OnnxModel
 from exporters.quiet import quiet
 from targets.errors import DeployError, IntegrityError, ModelError, first_line
 
 DYNAMIC_OPERATORS = ["MatMul", "Gemm", "Gather", "LSTM", "Attention"]
 """What dynamic int8 quantizes: convolutions have no fast kernel for it."""
+FLOAT_OPERATORS = (
+    "Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul", "LSTM", "GRU",
+    "Attention",
+)  # fmt: skip
+INTEGER_OPERATORS = (
+    "QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention", "MatMulNBits",
+)  # fmt: skip
+BLOCK, INT8_ACTIVATIONS = 32, 4
+"""Of 4-bit weights: weights that share a scale, and the contrib operator's level that computes in int8."""
 CALIBRATORS = {"min-max": "MinMax", "percentile": "Percentile", "mse": "Entropy"}
 
 
@@ -30,7 +41,7 @@ class OnnxRuntimeExporter:
 
     runtime = "onnxruntime"
     suffix = ".onnx"
-    precisions = ("float32", "int8", "int8-dynamic")
+    precisions = ("float32", "int8", "int8-dynamic", "int4")
 
     def export(
         self,
@@ -44,11 +55,15 @@ class OnnxRuntimeExporter:
         """Writes the model in a precision. Raises ModelError where it cannot be quantized."""
         if precision == "float32":
             shutil.copyfile(source.file, file)
+            return Artifact(runtime=self.runtime, file=file, precision=precision, delegated=None)
+        if precision == "int4":
+            quantize_weights(source, quantization, file)
         elif precision == "int8-dynamic":
             quantize_dynamic(source, quantization, file)
         else:
             quantize_static(source, calibration, quantization, file)
-        return Artifact(runtime=self.runtime, file=file, precision=precision, delegated=None)
+        kernels = integer_kernels(file, source)
+        return Artifact(runtime=self.runtime, file=file, precision=precision, delegated=kernels)
 
     def load_runtime(self) -> None:
         """Imports the runtime."""
@@ -107,6 +122,97 @@ def quantize_dynamic(source: OnnxModel, quantization: Quantization, file: Path) 
             weight_type=ort.QuantType.QInt8,
             nodes_to_exclude=source.nodes_in(quantization.keep_float),
         )
+
+
+def quantize_weights(source: OnnxModel, quantization: Quantization, file: Path) -> None:
+    """Writes weights of matrix products in 4 bits, in blocks of 32 along the input dimension.
+
+    Raises ModelError where the model has no matrix product with constant weights.
+    """
+    import onnx
+
+    with quiet():
+        from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+
+    model = onnx.load(str(source.file))
+    _gemm_as_matmul_(model.graph)
+    with _translated("int4"):
+        config = nbits.DefaultWeightOnlyQuantConfig(
+            block_size=BLOCK, is_symmetric=True, accuracy_level=INT8_ACTIVATIONS
+        )
+        quantizer = nbits.MatMulNBitsQuantizer(
+            model, nodes_to_exclude=source.nodes_in(quantization.keep_float), algo_config=config
+        )
+        quantizer.process()
+        written = quantizer.model.model
+    if not any(node.op_type == "MatMulNBits" for node in written.graph.node):
+        raise ModelError(
+            "nothing can be held in int4",
+            found="no matrix product with constant weights",
+            expected="linear layers; convolutions have no 4-bit kernel",
+            fix="use --precision int8",
+        )
+    file.write_bytes(written.SerializeToString(deterministic=True))
+
+
+def _gemm_as_matmul_(graph: Any) -> None:
+    """Writes linear layers as a product and an addition, which is the form that has 4-bit kernels."""
+    from onnx import helper, numpy_helper
+
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        settings = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        plain = settings.get("alpha", 1.0) == settings.get("beta", 1.0) == 1.0 and not settings.get("transA")
+        if node.op_type != "Gemm" or not plain or node.input[1] not in weights:
+            nodes.append(node)
+            continue
+        matrix = numpy_helper.to_array(weights[node.input[1]])
+        turned = np.ascontiguousarray(matrix.T if settings.get("transB") else matrix)
+        name, product = f"{node.name}_matrix", f"{node.name}_product"
+        graph.initializer.append(numpy_helper.from_array(turned, name))
+        biased = len(node.input) > 2
+        result = product if biased else node.output[0]
+        nodes.append(helper.make_node("MatMul", [node.input[0], name], [result], name=node.name))
+        if biased:
+            nodes.append(
+                helper.make_node("Add", [product, node.input[2]], [node.output[0]], name=f"{node.name}_bias")
+            )
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def integer_kernels(file: Path, source: OnnxModel) -> Delegated:
+    """Which products of a quantized model run on integers, as ONNX Runtime's own optimiser leaves them.
+
+    A product whose neighbours were not quantized keeps its float kernel, and converting for it costs time.
+    """
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 4
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        with _translated("int8"):
+            onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(options.optimized_model_filepath).graph
+    integer = sum(node.op_type in INTEGER_OPERATORS for node in graph.node)
+    left = tuple(
+        Operator(
+            operator=node.op_type,
+            module=source.modules.get(node.name.partition("_quant")[0], ""),
+            why="its inputs stay float in the quantized graph",
+        )
+        for node in graph.node
+        if node.op_type in FLOAT_OPERATORS
+    )
+    return Delegated(delegate="int8 kernels", operators=integer + len(left), delegated=integer, left=left)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 
 from calibration.spec import TensorSpec
 from exporters.arrays import Arrays, checked
-from exporters.base import Artifact, Quantization
+from exporters.base import Artifact, Delegated, Operator, Quantization
 from exporters.onnx import OnnxModel
 from exporters.quiet import quiet
 from targets.errors import DeployError, IntegrityError, ModelError, first_line
@@ -26,6 +26,9 @@ from targets.errors import DeployError, IntegrityError, ModelError, first_line
 HINT = ["edge_deploy", "inference_precision"]
 HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 WEIGHTS = ".bin"
+KERNEL = ("layerType", "runtimePrecision", "originalLayersNames", "primitiveType")
+PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq", "LSTMSequence")
+INTEGERS = ("u8", "i8")
 
 
 class OpenVinoExporter:
@@ -60,9 +63,12 @@ class OpenVinoExporter:
                 found=first_line(error),
                 fix="exclude the layer with [quantize] exclude, or choose another --runtime",
             ) from error
-        weights = file.with_suffix(WEIGHTS)
         return Artifact(
-            runtime=self.runtime, file=file, precision=precision, delegated=None, companions=(weights,)
+            runtime=self.runtime,
+            file=file,
+            precision=precision,
+            delegated=integer_kernels(ov, model, source) if precision == "int8" else None,
+            companions=(file.with_suffix(WEIGHTS),),
         )
 
     def _model(
@@ -117,6 +123,26 @@ def quantize(model: Any, source: OnnxModel, calibration: Sequence[Arrays], quant
 
 ENDINGS = ("", "/WithoutBiases")
 """What OpenVINO appends to the name of an ONNX node whose bias becomes an addition of its own."""
+
+
+def integer_kernels(ov: Any, model: Any, source: OnnxModel) -> Delegated:
+    """Which products OpenVINO runs on integers on this CPU, by what it says of the compiled model."""
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    integer, left = 0, []
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        told = {name: node.get_rt_info()[name].astype(str) for name in KERNEL if name in node.get_rt_info()}
+        if told.get("layerType") not in PRODUCTS:
+            continue
+        if told.get("runtimePrecision") in INTEGERS:
+            integer += 1
+            continue
+        names = told.get("originalLayersNames", "").split(",")
+        paths = (source.modules.get(name.removesuffix(ENDINGS[1]), "") for name in names)
+        why = f"OpenVINO chose {told.get('primitiveType', 'a float kernel')} for it"
+        left.append(Operator(operator=told["layerType"], module=next(filter(None, paths), ""), why=why))
+    return Delegated(
+        delegate="int8 kernels", operators=integer + len(left), delegated=integer, left=tuple(left)
+    )
 
 
 def _name_by_place_(model: Any) -> None:

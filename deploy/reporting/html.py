@@ -408,7 +408,8 @@ def _delegation(report: Report) -> Markup | None:
 def _left_table(rung: Rung) -> Markup | None:
     left = rung.delegation.left if rung.delegation else []
     rows = [(el("code", one.operator), el("code", one.module), one.why) for one in left]
-    caption = f"Operators of {rung.name} that run outside the delegate."
+    delegate = rung.delegation.delegate if rung.delegation else ""
+    caption = f"Operators of {rung.name} that run outside {delegate}."
     return _table(caption, ("Operator", "Module", "Why"), rows)
 
 

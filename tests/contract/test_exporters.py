@@ -20,7 +20,7 @@ from exporters.capture import Captured, capture
 from exporters.onnx import OnnxModel, to_onnx
 from targets.errors import IntegrityError, ModelError
 
-LEAST_DB = {"float32": 80, "float16": 45, "bfloat16": 30, "int8": 15, "int8-dynamic": 15}
+LEAST_DB = {"float32": 80, "float16": 45, "bfloat16": 30, "int8": 15, "int8-dynamic": 15, "int4": 10}
 SPECS = (
     TensorSpec(name="image", shape=("batch", 3, 8, 8), bounds={"batch": (1, 20)}),
     TensorSpec(name="facts", shape=("batch", 6), bounds={"batch": (1, 20)}),
@@ -102,6 +102,15 @@ def opened(artifact: Artifact, file: Path | None = None, *, threads: int = 1) ->
     return RemoteSession(
         artifact.runtime, file or artifact.file, inputs=SPECS, outputs=["logits", "best"], threads=threads
     )
+
+
+def test_a_quantized_model_says_which_products_run_on_integers(made: Made) -> None:
+    delegated = made.artifact.delegated
+    if made.precision == "int8":
+        assert delegated is not None
+        assert 0 < delegated.delegated <= delegated.operators
+        assert delegated.operators == delegated.delegated + len(delegated.left)
+        assert all(left.why for left in delegated.left)
 
 
 @pytest.mark.parametrize("size", [1, 2, 20, 3])
@@ -214,3 +223,53 @@ def test_the_same_source_gives_the_same_bytes_and_asks_no_network(
         )
         written.append([file.read_bytes() for file in (artifact.file, *artifact.companions)])
     assert written[0] == written[1]
+
+
+class Depthwise(nn.Module):
+    """A product that one of the quantizers may leave float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(3, 16, 3, padding=1)
+        self.each = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(torch.relu(self.each(torch.relu(self.wide(image)))).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_layer_that_stays_float_is_named_by_its_module(runtime: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    spec = SPECS[0]
+    captured = capture(Depthwise().eval(), [spec])
+    source = to_onnx(captured, tmp_path / "source.onnx")
+    assert set(source.modules.values()) >= {"wide", "each", "head"}
+    exporter = find_exporter(runtime)
+    artifact = exporter.export(
+        source,
+        precision="int8",
+        calibration=[{"image": batch(16, seed)["image"]} for seed in range(2)],
+        quantization=Quantization(keep_float=("each",)),
+        file=tmp_path / f"model{exporter.suffix}",
+    )
+    assert artifact.delegated is not None
+    assert "each" in [left.module for left in artifact.delegated.left]
+    assert not {"wide", "head"} & {left.module for left in artifact.delegated.left}
+
+
+def test_convolutions_alone_have_no_int4(tmp_path: Path) -> None:
+    class Convolutions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.only = nn.Conv2d(3, 4, 3)
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.only(image).mean(dim=(2, 3))
+
+    source = to_onnx(capture(Convolutions().eval(), [SPECS[0]]), tmp_path / "source.onnx")
+    with pytest.raises(ModelError, match="no matrix product with constant weights"):
+        find_exporter("onnxruntime").export(
+            source, precision="int4", calibration=[], quantization=Quantization(), file=tmp_path / "m.onnx"
+        )
+    assert not (tmp_path / "m.onnx").exists()

@@ -109,6 +109,14 @@ def test_dynamic_int8_is_a_rung_where_inputs_are_integers() -> None:
     assert "openvino/dense-int8-dynamic" not in found
 
 
+def test_int4_is_made_by_those_that_can_when_it_is_asked_for() -> None:
+    asked = project(quantize={"precision": "int4"})
+    plan = make_plan(asked, find("host"))
+    assert plan.runtime.name == "onnxruntime"
+    assert names(plan) == ["dense-int4", "pruned-int4"]
+    assert not any(rung.precision == "int4" for rung in planned("host").rungs)
+
+
 def test_weights_keep_a_bit_where_sums_of_products_overflow() -> None:
     assert make_plan(project(), find("laptop")).saturates
     assert not make_plan(project(), find("xeon")).saturates
