@@ -147,7 +147,7 @@ def test_a_configuration_without_inputs_asks_for_them(bert: Path) -> None:
 def test_weights_beside_a_folder_are_refused(bert: Path) -> None:
     shutil.copy(bert / "model" / "model.safetensors", bert / "own.safetensors")
     (bert / "deploy.toml").write_text('[model]\nsource = "model"\nweights = "own.safetensors"\n')
-    with pytest.raises(UsageError, match="cannot go with a Hugging Face folder"):
+    with pytest.raises(UsageError, match="cannot go with a model that holds its own"):
         load_module(load(bert))
 
 
