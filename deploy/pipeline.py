@@ -66,7 +66,11 @@ class Pipeline:
         return dense or tuple(replace(rung, pruned=False) for rung in planned)
 
     def _make(self, rung: RungPlan) -> RungResult:
-        """One rung exported and validated. A lossy rung that fails is dropped; a float32 one raises."""
+        """One rung exported and validated. One that fails is dropped, but for two that raise.
+
+        A float32 program with wrong outputs is a wrong export; a float32 model that its runtime cannot hold
+        ends the build, unless other runtimes compete.
+        """
         from deploy.validation.result import Validated
 
         result = RungResult(plan=rung)
@@ -74,7 +78,8 @@ class Pipeline:
             result = replace(result, artifact=(artifact := self.artifacts.make(rung)))
             entry = self.judging.validate(artifact)
         except (ModelError, WrongOutputsError) as error:
-            if rung.precision == "float32":
+            lacks = isinstance(error, ModelError) and rung.competes
+            if rung.precision == "float32" and not lacks:
                 raise
             return replace(result, dropped=error.message)
         validated: Validated = read_json(entry.folder / "validated.json", Validated)

@@ -127,9 +127,19 @@ class Exporter(Protocol):
         ...
 
     def open(
-        self, file: Path, *, inputs: "Sequence[TensorSpec]", outputs: Sequence[str], threads: int
+        self,
+        file: Path,
+        *,
+        inputs: "Sequence[TensorSpec]",
+        outputs: Sequence[str],
+        threads: int,
+        spinning: bool = True,
     ) -> Session:
-        """Loads an artifact. Raises IntegrityError when the file is none."""
+        """Loads an artifact. Raises IntegrityError when the file is none.
+
+        `spinning` allows threads to spin while they wait, where the runtime does: quick between calls that
+        follow each other, a waste of the CPU in a server that waits for requests.
+        """
         ...
 
 

@@ -94,7 +94,13 @@ class ExecuTorchExporter:
         _runtime()
 
     def open(
-        self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
+        self,
+        file: Path,
+        *,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[str],
+        threads: int,
+        spinning: bool = True,
     ) -> "ExecuTorchSession":
         """Loads a program for calls; only the runtime is imported."""
         return ExecuTorchSession(file, inputs=inputs, outputs=outputs, threads=threads)

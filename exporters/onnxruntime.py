@@ -70,10 +70,16 @@ class OnnxRuntimeExporter:
         import onnxruntime  # noqa: F401
 
     def open(
-        self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
+        self,
+        file: Path,
+        *,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[str],
+        threads: int,
+        spinning: bool = True,
     ) -> "OnnxRuntimeSession":
         """Loads a model for calls."""
-        return OnnxRuntimeSession(file, inputs=inputs, outputs=outputs, threads=threads)
+        return OnnxRuntimeSession(file, inputs=inputs, outputs=outputs, threads=threads, spinning=spinning)
 
 
 def quantize_static(
@@ -235,9 +241,16 @@ class OnnxRuntimeSession:
     """A loaded .onnx."""
 
     def __init__(
-        self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
+        self,
+        file: Path,
+        *,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[str],
+        threads: int,
+        spinning: bool,
     ) -> None:
         self._file = file
+        self._spinning = spinning
         self._inputs = tuple(inputs)
         self._outputs = list(outputs)
         self.set_threads(threads)
@@ -273,6 +286,7 @@ class OnnxRuntimeSession:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self._spinning)))
         try:
             self._session = onnxruntime.InferenceSession(
                 str(self._file), options, providers=["CPUExecutionProvider"]

@@ -21,11 +21,13 @@ from exporters.arrays import Arrays, checked
 from exporters.base import Artifact, Delegated, Operator, Quantization
 from exporters.onnx import OnnxModel
 from exporters.quiet import quiet
-from targets.errors import DeployError, IntegrityError, ModelError, first_line
+from targets.errors import DeployError, IntegrityError, ModelError
 
 HINT = ["edge_deploy", "inference_precision"]
 HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 WEIGHTS = ".bin"
+PLACES = re.compile(r"Exception from |Check '.*' failed|FrontEnd API failed|Model wasn't fully|Summary:|\[ ")
+LONGEST = 200
 KERNEL = ("layerType", "runtimePrecision", "originalLayersNames", "primitiveType")
 PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq", "LSTMSequence")
 INTEGERS = ("u8", "i8")
@@ -60,7 +62,7 @@ class OpenVinoExporter:
         except Exception as error:
             raise ModelError(
                 f"OpenVINO cannot hold the model in {precision}",
-                found=first_line(error),
+                found=reason(error),
                 fix="exclude the layer with [quantize] exclude, or choose another --runtime",
             ) from error
         return Artifact(
@@ -96,7 +98,13 @@ class OpenVinoExporter:
         _openvino()
 
     def open(
-        self, file: Path, *, inputs: Sequence[TensorSpec], outputs: Sequence[str], threads: int
+        self,
+        file: Path,
+        *,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[str],
+        threads: int,
+        spinning: bool = True,
     ) -> "OpenVinoSession":
         """Loads a model for calls."""
         return OpenVinoSession(file, inputs=inputs, outputs=outputs, threads=threads)
@@ -145,6 +153,14 @@ def integer_kernels(ov: Any, model: Any, source: OnnxModel) -> Delegated:
     )
 
 
+def reason(error: BaseException) -> str:
+    """What OpenVINO says is wrong: missing operators, else the first line that is no place in its source."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
+    telling = [line for line in lines if not PLACES.match(line)]
+    missing = [line for line in telling if "operations" in line]
+    return next(iter([*missing, *telling, *lines]), type(error).__name__)[:LONGEST]
+
+
 def _name_by_place_(model: Any) -> None:
     """Numbers the nodes without a name of their own by their place, not by how many the process has made."""
     for place, node in enumerate(model.get_ordered_ops()):
@@ -178,7 +194,7 @@ class OpenVinoSession:
             self.set_threads(threads)
         except RuntimeError as error:
             raise IntegrityError(
-                f"{file.name} is no model that this OpenVINO loads", found=first_line(error)
+                f"{file.name} is no model that this OpenVINO loads", found=reason(error)
             ) from error
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
@@ -190,7 +206,7 @@ class OpenVinoSession:
                 "the model refused its inputs",
                 found=", ".join(f"{name} {array.shape}" for name, array in inputs.items()),
                 expected=", ".join(f"{spec.name} {list(spec.shape)}" for spec in self._inputs),
-                fix=f"the runtime said: {first_line(error)}",
+                fix=f"the runtime said: {reason(error)}",
             ) from error
         return {name: np.array(self._request.get_tensor(name).data) for name in self._outputs}
 

@@ -45,8 +45,8 @@ def command(
 ) -> None:
     """Serves finished builds by the Open Inference Protocol v2, until SIGTERM or Ctrl-C."""
     _require_packages()
-    from deploy.serving.app import AppOptions
     from deploy.serving.batching import Limits
+    from deploy.serving.gate import AppOptions
     from deploy.serving.server import ServeOptions, serve
 
     _check_tls(tls_cert, tls_key)

@@ -1,47 +1,29 @@
 """The HTTP side of a service: Open Inference Protocol v2, metrics, OpenAPI, and a page to try it on."""
 
-import asyncio
-import hmac
 import importlib.resources
-import json
-import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from deploy.serving.protocol import DATATYPES, RequestError, parse, respond
+from deploy.serving.front import Front, refusal_headers
+from deploy.serving.gate import FAILURES, AppOptions, Gate
+from deploy.serving.protocol import DATATYPES, RequestError
 from deploy.serving.service import Model, Service
-from targets.errors import DeployError
 
 JSON = "application/json"
-HEADER_LENGTH = "Inference-Header-Content-Length"
 EXTENSIONS = ["binary_tensor_data", "model_repository"]
-BODY_SECONDS = 30.0
-RETRY_S = "1"
-log = logging.getLogger("edge-deploy")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AppOptions:
-    """The largest body in bytes, the bearer token, and whether each request is logged."""
-
-    largest_body: int = 64 << 20
-    token: str | None = None
-    log_requests: bool = False
-
-
-def make_app(service: Service, options: AppOptions) -> Starlette:
+def make_app(service: Service, options: AppOptions) -> Front:
     """The ASGI application."""
 
     @asynccontextmanager
@@ -50,7 +32,8 @@ def make_app(service: Service, options: AppOptions) -> Starlette:
         yield
         await service.stop()
 
-    api = _Api(service, options)
+    gate = Gate(service, options)
+    api = _Api(service, gate)
     open_routes = {
         "/v2/health/live": api.live,
         "/v2/health/ready": api.ready,
@@ -67,66 +50,44 @@ def make_app(service: Service, options: AppOptions) -> Starlette:
         ("/v2/repository/index", api.index, "POST"),
         ("/v2/models/{model}", api.metadata, "GET"),
         ("/v2/models/{model}/ready", api.model_ready, "GET"),
-        ("/v2/models/{model}/infer", api.infer, "POST"),
         ("/v2/models/{model}/example", api.example, "GET"),
         ("/v2/models/{model}/versions/{version}", api.metadata, "GET"),
         ("/v2/models/{model}/versions/{version}/ready", api.model_ready, "GET"),
-        ("/v2/models/{model}/versions/{version}/infer", api.infer, "POST"),
+        ("/v2/models/{model}/infer", api.infer, "GET"),
+        ("/v2/models/{model}/versions/{version}/infer", api.infer, "GET"),
     ):
         routes.append(Route(path, api.guarded(handler), methods=[method]))
-    return Starlette(routes=routes, lifespan=lifespan)
+    return Front(Starlette(routes=routes, lifespan=lifespan), service, gate, options)
 
 
 class _Api:
     """The handlers."""
 
-    def __init__(self, service: Service, options: AppOptions) -> None:
+    def __init__(self, service: Service, gate: Gate) -> None:
         self._service = service
-        self._options = options
+        self._gate = gate
 
     def guarded(self, handler: Handler, *, secret: bool = True) -> Handler:
         """A handler whose errors are JSON, whose requests carry an id, and whose caller has the token."""
 
         async def call(request: Request) -> Response:
             started = time.perf_counter()
-            given = request.headers.get("x-request-id", "")
-            identity = given if given.isascii() and given.isprintable() and 0 < len(given) <= 100 else ""
-            identity = identity or uuid.uuid4().hex
+            identity = self._gate.identity(request.headers.get("x-request-id", ""))
             try:
                 if secret:
-                    self._check_token(request)
+                    self._gate.admit(request.headers.get("authorization", "").encode())
                 response = await handler(request)
             except RequestError as error:
                 response = _failed(error)
-            except ClientDisconnect:
-                response = Response(status_code=499)
-            except (DeployError, RuntimeError, MemoryError) as error:
-                log.error(json.dumps({"id": identity, "path": request.url.path, "error": str(error)[:500]}))
-                response = _failed(RequestError(500, "", "the model failed"))
+            except FAILURES as error:
+                response = _failed(self._gate.failed(error, identity, request.url.path))
             response.headers["x-request-id"] = identity
-            model = request.path_params.get("model")
-            if model in self._service.models:
-                self._service.metrics.requests.labels(model, response.status_code).inc()
-            if self._options.log_requests or response.status_code >= 500:
-                line = {
-                    "id": identity,
-                    "method": request.method,
-                    "path": request.url.path,
-                    "status": response.status_code,
-                    "ms": round(1000 * (time.perf_counter() - started), 3),
-                }
-                log.info(json.dumps(line))
+            model = str(request.path_params.get("model", ""))
+            path = request.url.path
+            self._gate.tell(identity, request.method, path, model, response.status_code, started)
             return response
 
         return call
-
-    def _check_token(self, request: Request) -> None:
-        token = self._options.token
-        if token is None:
-            return
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise RequestError(401, "authorization", "is no valid bearer token")
 
     async def live(self, request: Request) -> Response:
         """The process answers."""
@@ -146,7 +107,6 @@ class _Api:
 
     async def index(self, request: Request) -> Response:
         """The models."""
-        await self._body(request)
         models = [model.loaded for model in self._service.models.values()]
         return _json([{"name": m.name, "version": m.version, "state": "READY", "reason": ""} for m in models])
 
@@ -170,16 +130,8 @@ class _Api:
         return _json({"ready": self._service.ready}, 200 if self._service.ready else 503)
 
     async def infer(self, request: Request) -> Response:
-        """Answers one request."""
-        model = self._model(request)
-        body = await self._body(request)
-        loaded = model.loaded
-        parsed = parse(body, request.headers.get(HEADER_LENGTH), loaded.specs, loaded.outputs)
-        answers = await model.infer(parsed.arrays)
-        content, header = respond(answers, parsed, model=loaded.name, version=loaded.version)
-        if header is None:
-            return Response(content, media_type=JSON)
-        return Response(content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(header)})
+        """POST alone is met, by the front."""
+        raise RequestError(405, "method", f"is {request.method}, expected POST")
 
     async def example(self, request: Request) -> Response:
         """A request that works: the first sample of the golden pair."""
@@ -225,27 +177,6 @@ class _Api:
     def _model(self, request: Request) -> Model:
         return self._service.find(request.path_params["model"], request.path_params.get("version"))
 
-    async def _body(self, request: Request) -> bytes:
-        """The body within its limits of size and time. Raises RequestError 413 and 408."""
-        limit = self._options.largest_body
-        stated = request.headers.get("content-length", "0")
-        if stated.isdigit() and int(stated[:20]) > limit:
-            raise RequestError(413, "body", f"has {stated[:20]} bytes, at most {limit} are taken")
-        try:
-            return await asyncio.wait_for(_read(request, limit), BODY_SECONDS)
-        except TimeoutError:
-            raise RequestError(408, "body", f"did not arrive within {BODY_SECONDS:g} s") from None
-
-
-async def _read(request: Request, limit: int) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise RequestError(413, "body", f"is larger than {limit} bytes")
-        parts.append(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
 
 def _tensor(entry: Any) -> dict[str, Any]:
     shape = [size if isinstance(size, int) else -1 for size in entry.shape]
@@ -257,10 +188,8 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 def _failed(error: RequestError) -> Response:
-    headers = {"retry-after": RETRY_S} if error.status == 429 else {}
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    return Response(error.body(), status_code=error.status, media_type=JSON, headers=headers)
+    headers = {key.decode(): value.decode() for key, value in refusal_headers(error)}
+    return Response(error.body(), status_code=error.status, headers=headers)
 
 
 def _asset(name: str) -> bytes:

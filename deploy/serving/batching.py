@@ -68,7 +68,8 @@ class Queue:
         self._jobs.append(job)
         self._arrived.set()
         try:
-            return await asyncio.wait_for(job.answer, self._limits.seconds)
+            async with asyncio.timeout(self._limits.seconds):
+                return await job.answer
         except TimeoutError:
             raise RequestError(504, "", f"no answer within {self._limits.seconds:g} s") from None
 

@@ -54,7 +54,11 @@ def load(folder: Path, *, threads: int | None = None) -> Loaded:
     specs = specs_of(manifest)
     outputs = tuple(output.name for output in manifest.outputs)
     session = find_runtime(manifest.runtime).open(
-        program, inputs=specs, outputs=outputs, threads=threads or manifest.recommended.threads
+        program,
+        inputs=specs,
+        outputs=outputs,
+        threads=threads or manifest.recommended.threads,
+        spinning=False,
     )
     inputs, expected = golden_pair(folder)
     require_golden(folder, manifest, session.run(inputs), expected)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import uvicorn
 
-from deploy.serving.app import AppOptions, make_app
+from deploy.serving.app import make_app
 from deploy.serving.batching import Limits
+from deploy.serving.gate import AppOptions
 from deploy.serving.service import Service
 from targets.errors import MissingRequirementError
 

@@ -43,7 +43,15 @@ class Metrics:
             "batch_rows", "Rows that shared a call.", ["model"], buckets=(1, 2, 4, 8, 16, 32, 64), **options
         )
         self.waiting = Gauge("requests_waiting", "Requests in the queue.", ["model"], **options)
+        self._by_status: dict[tuple[str, int], Counter] = {}
         self.reloads = Counter("reloads", "Builds loaded anew.", ["model", "outcome"], **options)
+
+    def request(self, model: str, status: int) -> None:
+        """Counts one."""
+        counter = self._by_status.get((model, status))
+        if counter is None:
+            counter = self._by_status[model, status] = self.requests.labels(model, status)
+        counter.inc()
 
 
 class Model:

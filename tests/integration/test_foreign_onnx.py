@@ -263,3 +263,33 @@ def test_outputs_that_are_not_there_and_weights_beside_a_whole_model_are_told(
     assert "outputs of model.onnx: scores" in capsys.readouterr().err
     with pytest.raises(UsageError, match="is missing"):
         foreign.read(folder / "none.onnx")
+
+
+def test_a_runtime_that_lacks_an_operator_is_dropped_by_name_and_the_others_go_on(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["square", "matrix"], ["a"]),
+            helper.make_node("Det", ["a"], ["b"]),
+            helper.make_node("Unsqueeze", ["b", "axes"], ["size"]),
+        ],
+        "det",
+        [helper.make_tensor_value_info("square", TensorProto.FLOAT, ["N", 3, 3])],
+        [helper.make_tensor_value_info("size", TensorProto.FLOAT, ["N", 1])],
+        [
+            numpy_helper.from_array(np.eye(3, dtype=np.float32) * 2, "matrix"),
+            numpy_helper.from_array(np.array([1]), "axes"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
+    squares = RNG.standard_normal((64, 3, 3)).astype(np.float32)
+    np.savez(tmp_path / "calibration.npz", square=squares)
+    (tmp_path / "deploy.toml").write_text(
+        '[model]\nsource = "model.onnx"\nname = "det"\n[calibration]\nsource = "calibration.npz"\n'
+    )
+    assert run(["build", "-c", str(tmp_path), "--target", "host", "-q"]) == 0
+    manifest = json.loads((tmp_path / "build" / "det" / "host" / "manifest.json").read_text())
+    dropped = {rung["name"]: rung["dropped"] for rung in manifest["rungs"]}
+    assert manifest["runtime"] == "onnxruntime"
+    assert "Det" in dropped["openvino/dense-float"]
+    assert dropped["onnxruntime/dense-float"] is None
