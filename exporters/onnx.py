@@ -50,8 +50,6 @@ def to_onnx(captured: Any, file: Path) -> OnnxModel:
         with quiet():
             program = torch.onnx.export(
                 captured.program(),
-                input_names=[spec.name for spec in captured.inputs],
-                output_names=[output.name for output in captured.outputs],
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -67,6 +65,9 @@ def to_onnx(captured: Any, file: Path) -> OnnxModel:
             fix="replace the operator it names, or choose --runtime executorch",
         ) from error
     modules = {node.name: _module_path(node) for node in model.graph.node}
+    _rename_(
+        model.graph, [spec.name for spec in captured.inputs], [output.name for output in captured.outputs]
+    )
     _strip_(model)
     _forget_weight_shapes_(model.graph)
     _name_dimensions_(model, captured)
@@ -79,6 +80,42 @@ def to_onnx(captured: Any, file: Path) -> OnnxModel:
         )
     file.write_bytes(model.SerializeToString(deterministic=True))
     return OnnxModel(file=file, inputs=captured.inputs, modules=modules)
+
+
+def _rename_(graph: Any, inputs: list[str], outputs: list[str]) -> None:
+    """Gives inputs and outputs the user's names, and values that already have one of those another.
+
+    torch gives names without looking: an output called "embedding" met a value of that name inside.
+    """
+    import onnx
+
+    new: dict[str, str] = {}
+    for value, name in zip(graph.input, inputs, strict=True):
+        new[value.name] = name
+    fresh = []
+    for value, name in zip(graph.output, outputs, strict=True):
+        if value.name in new:  # an input handed on, or one value under two names
+            copy = onnx.helper.make_node("Identity", [value.name], [name], name=f"{name}_copy")
+            fresh.append((copy, value))
+        else:
+            new[value.name] = name
+    for copy, value in fresh:
+        graph.node.append(copy)
+        value.name = copy.output[0]
+    wanted = {*inputs, *outputs}
+    names = {name for each in graphs_of(graph) for node in each.node for name in (*node.input, *node.output)}
+    names |= {tensor.name for each in graphs_of(graph) for tensor in each.initializer}
+    taken = names | wanted
+    for name in sorted((names & wanted) - new.keys() - {copy.output[0] for copy, _ in fresh}):
+        inner = next(f"{name}_{i}" for i in range(1, len(taken) + 2) if f"{name}_{i}" not in taken)
+        new[name] = inner
+        taken.add(inner)
+    for each in graphs_of(graph):
+        for node in each.node:
+            node.input[:] = [new.get(name, name) for name in node.input]
+            node.output[:] = [new.get(name, name) for name in node.output]
+        for value in (*each.initializer, *each.value_info, *each.input, *each.output):
+            value.name = new.get(value.name, value.name)
 
 
 def _module_path(node: Any) -> str:

@@ -273,3 +273,34 @@ def test_convolutions_alone_have_no_int4(tmp_path: Path) -> None:
             source, precision="int4", calibration=[], quantization=Quantization(), file=tmp_path / "m.onnx"
         )
     assert not (tmp_path / "m.onnx").exists()
+
+
+class Clashing(nn.Module):
+    """Its input and outputs are called as values inside are; one output is the input, one is given twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+
+    def forward(self, relu: Tensor) -> dict[str, Tensor]:
+        found = self.embedding(relu.relu()).sum(dim=1)
+        return {"embedding": found + 1, "sum_1": found, "again": found, "same": relu}
+
+
+def test_names_that_stand_inside_the_graph_already_are_kept_apart(tmp_path: Path) -> None:
+    spec = TensorSpec(name="relu", shape=("batch", 3), dtype="int64", bounds={"batch": (1, 4)})
+    module = Clashing().eval()
+    captured = capture(module, [spec])
+    names = [output.name for output in captured.outputs]
+    assert names == ["embedding", "sum_1", "again", "same"]
+    source = to_onnx(captured, tmp_path / "source.onnx")
+    tokens = np.array([[1, 2, 3], [4, 5, 6]])
+    right = wanted(module, {"relu": tokens})
+    for runtime in ("onnxruntime", "openvino"):
+        exporter = find_exporter(runtime)
+        file = tmp_path / f"model{exporter.suffix}"
+        exporter.export(source, precision="float32", calibration=[], quantization=Quantization(), file=file)
+        with RemoteSession(runtime, file, inputs=[spec], outputs=names, threads=1) as session:
+            answers = session.run({"relu": tokens})
+        for name in names:
+            np.testing.assert_allclose(answers[name], right[name], rtol=1e-5)
