@@ -25,10 +25,9 @@ lint: $(VENV)/.dev ## What pre-commit and CI check
 docs: $(VENV)/.dev ## Writes the generated pages of docs/ again
 	$(BIN)/python -m deploy.reference docs
 
-bench: $(VENV)/.dev ## Measures start-up, overhead and gains, and writes docs/performance.md; wants a quiet machine
-	$(BIN)/python -m benchmarks.start_up -o benchmarks/results
-	$(BIN)/python -m benchmarks.overhead -o benchmarks/results
-	$(BIN)/python -m benchmarks.gains -o benchmarks/results
+bench: $(VENV)/.dev ## Measures everything in docs/performance.md and writes it; wants a quiet machine for an hour
+	for name in start_up overhead gains quick_starts server soak; do \
+	  $(BIN)/python -m benchmarks.$$name -o benchmarks/results || exit 1; done
 	$(BIN)/python -m benchmarks.render
 
 clean:

@@ -247,12 +247,27 @@ def server(result: Result) -> str:
     return text + _table(heads, rows) + f"\nThe raw call: {_spread(result['raw_us'], 0)} us.\n"
 
 
+def soak(result: Result) -> str:
+    """What came of twice the load that the server can carry."""
+    before, after = result["memory_mb"]
+    rows = [
+        ("requests a second that it can answer", f"{result['capacity']:.0f}"),
+        *((f"answers with {status}", str(count)) for status, count in result["statuses"].items()),
+        ("wrong answers", str(result["wrong"])),
+        ("median and 99% of those answered, ms", f"{result['p50_ms']:.1f}, {result['p99_ms']:.1f}"),
+        ("memory before and after, MB", f"{before:.0f}, {after:.0f}"),
+        ("no wrong answer, no other status, memory bounded", "met" if result["met"] else "missed"),
+    ]
+    return _origin(result, f"{result['seconds']:g} s at twice the rate") + _table(("", ""), rows)
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
     "start_up": start_up,
     "overhead": overhead,
     "gains": gains,
     "quick_starts": quick_starts,
     "server": server,
+    "soak": soak,
 }
 
 
