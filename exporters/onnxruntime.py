@@ -34,6 +34,7 @@ INTEGER_OPERATORS = (
 BLOCK, INT8_ACTIVATIONS = 32, 4
 """Of 4-bit weights: weights that share a scale, and the contrib operator's level that computes in int8."""
 CALIBRATORS = {"min-max": "MinMax", "percentile": "Percentile", "mse": "Entropy"}
+"""By deploy.toml's observers; the nearest to the mean square that ONNX Runtime has is the KL divergence."""
 
 
 class OnnxRuntimeExporter:
