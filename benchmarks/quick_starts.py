@@ -4,9 +4,9 @@
 
 Builds each project for this machine, makes the artifacts of the quick starts from the same module by the
 libraries' own calls and defaults, and calls all of them (a batch of one, as many threads as the build
-recommends, a process each) in rounds whose order alternates. Where there is evaluation data, a recipe whose
-metric drops by more than the build may lose does not count. Projects come from tests/real/prepare.py and
-need EDGE_DEPLOY_DATA.
+recommends, a process each) in rounds whose order alternates. A recipe does not count whose metric drops by more
+than the build may lose or, where there is no evaluation data, whose outputs agree worse than a build asks of
+int8. Projects come from tests/real/prepare.py and need EDGE_DEPLOY_DATA.
 """
 
 import argparse
@@ -24,7 +24,9 @@ from benchmarks import render
 from benchmarks.eager import EagerSession
 from benchmarks.gains import EAGER, prepared, rounds_of
 from benchmarks.measuring import deliver, parser, plain, ratios, record, summarise
+from calibration.compare import snr_db
 from deploy.building import Build
+from deploy.builds import MIN_SNR_DB
 from deploy.data import ProjectData
 from deploy.model import load_module
 from deploy.project import Project, load
@@ -40,6 +42,7 @@ OPSET = 18
 CALIBRATION = 64
 
 Arrays = dict[str, Any]
+Quality = tuple[float | None, float | None]
 Recipe = Callable[["Source", Path], None]
 
 
@@ -60,7 +63,7 @@ class Source:
         self.onnx = folder / "float.onnx"
         torch.onnx.export(
             self.module, self.example, self.onnx, input_names=self.names, dynamo=True, opset_version=OPSET,
-            verbose=False,
+            verbose=False, external_data=False,
         )  # fmt: skip
 
 
@@ -72,7 +75,6 @@ def ort_float(source: Source, file: Path) -> None:
 def ort_static(source: Source, file: Path) -> None:
     """quant_pre_process and quantize_static, as ONNX Runtime's quantization page has them."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -81,16 +83,23 @@ def ort_static(source: Source, file: Path) -> None:
         def get_next(self) -> Arrays | None:
             return next(self._batches, None)
 
-    whole = file.with_name("preprocessed.onnx")
-    quant_pre_process(str(source.onnx), str(whole), skip_symbolic_shape=True)
-    quantize_static(str(whole), str(file), Reader())
+    quantize_static(_preprocessed(source, file), str(file), Reader())
 
 
 def ort_dynamic(source: Source, file: Path) -> None:
     """quantize_dynamic with its defaults."""
     from onnxruntime.quantization import quantize_dynamic
 
-    quantize_dynamic(str(source.onnx), str(file))
+    quantize_dynamic(_preprocessed(source, file), str(file))
+
+
+def _preprocessed(source: Source, file: Path) -> str:
+    """The model as the page has it prepared before either quantization."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    whole = file.with_name("preprocessed.onnx")
+    quant_pre_process(str(source.onnx), str(whole), skip_symbolic_shape=True)
+    return str(whole)
 
 
 def openvino_float(source: Source, file: Path) -> None:
@@ -140,12 +149,12 @@ def entry(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
     work = folder / "recipes" / name
     work.mkdir(parents=True, exist_ok=True)
     made, failed = recipes(Source(project, work), work)
-    times, drops = timed(project, build, made, arguments.runs)
+    times, qualities = timed(project, build, made, arguments.runs)
     return {
         "model": name,
         "ships": build.manifest.shipped_rung,
         "failed": failed,
-        **judged(times, drops, _allowed(project)),
+        **judged(times, qualities, _allowed(project)),
     }
 
 
@@ -165,8 +174,8 @@ def recipes(source: Source, folder: Path) -> tuple[dict[str, tuple[str, Path]], 
 
 def timed(
     project: Project, build: Build, made: Mapping[str, tuple[str, Path]], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, float | None]]:
-    """Milliseconds of one call in each round, and the metric's drop where it can be had."""
+) -> tuple[dict[str, list[float]], dict[str, Quality]]:
+    """Milliseconds of one call in each round, and how good the answers are."""
     specs = {spec.name: spec for spec in project.specs()}
     program = next(build.folder / file.path for file in build.manifest.files if file.role == "program")
     files = {OURS: (build.manifest.runtime, program), **made}
@@ -184,10 +193,10 @@ def timed(
             sessions[name] = stack.enter_context(
                 RemoteSession(runtime, file, inputs=list(specs.values()), outputs=names, threads=threads)
             )
-        drops = {name: _drop(project, sessions[name]) for name in files}
+        qualities = {name: _quality(project, sessions[name]) for name in files}
         for session in sessions.values():
             session.prepare(sample)
-        return rounds_of(sessions, rounds), drops
+        return rounds_of(sessions, rounds), qualities
 
 
 def _outputs(runtime: str, file: Path) -> list[str]:
@@ -201,12 +210,11 @@ def _outputs(runtime: str, file: Path) -> list[str]:
     return [output.any_name for output in openvino.Core().read_model(str(file)).outputs]
 
 
-def _drop(project: Project, session: RemoteSession) -> float | None:
-    """How much the project's metric falls, sample by sample as the recipes take them; None without data."""
+def _quality(project: Project, session: RemoteSession) -> Quality:
+    """How much the project's metric falls, sample by sample as the recipes take them, and the SNR."""
     evaluate = project.tables.evaluate
-    data = ProjectData(project, 0).evaluation
-    if evaluate is None or data is None:
-        return None
+    evaluation = ProjectData(project, 0).evaluation
+    data = evaluation or ProjectData(project, 0).calibration
     import torch
 
     module = load_module(project)
@@ -219,13 +227,16 @@ def _drop(project: Project, session: RemoteSession) -> float | None:
             leaves = torch.utils._pytree.tree_leaves(answer)
             references.append(leaves[0].numpy())
             candidates.append(next(iter(session.run(batch).values())))
-    metric = metrics.find_metric(evaluate.metric)
     reference, candidate = np.concatenate(references), np.concatenate(candidates)
+    agreement = snr_db(reference, candidate)
+    if evaluate is None or evaluation is None:
+        return None, agreement
+    metric = metrics.find_metric(evaluate.metric)
     values = [
         float(metric.value(metric.rows(outputs, data.labels, reference).mean(axis=0)))
         for outputs in (reference, candidate)
     ]
-    return (values[0] - values[1]) * (1 if metric.direction == "max" else -1)
+    return (values[0] - values[1]) * (1 if metric.direction == "max" else -1), agreement
 
 
 def _allowed(project: Project) -> float:
@@ -233,16 +244,23 @@ def _allowed(project: Project) -> float:
     return (evaluate.max_drop if evaluate and evaluate.max_drop is not None else 0.01) + 1e-9
 
 
+def _keeps(quality: Quality, allowed: float) -> bool:
+    """Whether a recipe may count: by the metric, or by the agreement that a build asks of int8."""
+    drop, agreement = quality
+    return agreement >= MIN_SNR_DB["int8"] if drop is None else drop <= allowed
+
+
 def judged(
-    times: Mapping[str, Sequence[float]], drops: Mapping[str, float | None], allowed: float
+    times: Mapping[str, Sequence[float]], qualities: Mapping[str, Quality], allowed: float
 ) -> dict[str, Any]:
     """Each recipe's row, the best that keeps accuracy, and how the build stands against it."""
     rows = [
         {
             "name": name,
             "latency_ms": plain(summarise(samples)),
-            "drop": drops.get(name),
-            "keeps": (drops.get(name) or 0.0) <= allowed,
+            "drop": qualities.get(name, (None, None))[0],
+            "snr_db": qualities.get(name, (None, None))[1],
+            "keeps": _keeps(qualities[name], allowed) if name in qualities else True,
             "faster_than_eager": plain(summarise(ratios(times[EAGER], samples))),
         }
         for name, samples in times.items()

@@ -200,6 +200,7 @@ def quick_starts(result: Result) -> str:
             f"**{row['name']}**" if row["name"] == "deploy build" else row["name"],
             _spread(row["latency_ms"], 4),
             "" if row["drop"] is None else f"{100 * row['drop']:.2f}",
+            "" if row["snr_db"] is None else f"{row['snr_db']:.0f}",
             f"{row['faster_than_eager']['median']:.2f}",
         )
         for entry in entries
@@ -216,17 +217,17 @@ def quick_starts(result: Result) -> str:
         for entry in entries
     ]
     failed = [
-        f"- {entry['model']}: {name}: {why}" for entry in entries for name, why in entry["failed"].items()
+        f"- {entry['model']}: {name}: `{why}`" for entry in entries for name, why in entry["failed"].items()
     ]
     rounds = entries[0]["rows"][0]["latency_ms"]["runs"]
     text = _origin(result, f"{rounds} rounds of about 10 ms each, in alternating order")
-    text += _table(("model", "recipe", "ms [95%]", "points lost", "faster than eager"), rows)
+    text += _table(("model", "recipe", "ms [95%]", "points lost", "dB", "faster than eager"), rows)
     text += "\n### Against the best quick start\n\n"
     text += _table(
         ("model", "ships", "best quick start", "times as fast [95%]", "slower beyond noise"), verdicts
     )
     text += f"\nGeometric mean {result['geometric_mean']:.2f}; the goal is {result['goal']:g}.\n"
-    return text + ("\nQuick starts that failed:\n\n" + "".join(failed) if failed else "")
+    return text + ("\nQuick starts that failed:\n\n" + "\n".join(failed) + "\n" if failed else "")
 
 
 def server(result: Result) -> str:
@@ -254,7 +255,10 @@ def soak(result: Result) -> str:
         ("requests a second that it can answer", f"{result['capacity']:.0f}"),
         *((f"answers with {status}", str(count)) for status, count in result["statuses"].items()),
         ("wrong answers", str(result["wrong"])),
-        ("median and 99% of those answered, ms", f"{result['p50_ms']:.1f}, {result['p99_ms']:.1f}"),
+        (
+            "median and 99% of those answered, ms from sending",
+            f"{result['p50_ms']:.1f}, {result['p99_ms']:.1f}",
+        ),
         ("memory before and after, MB", f"{before:.0f}, {after:.0f}"),
         ("no wrong answer, no other status, memory bounded", "met" if result["met"] else "missed"),
     ]

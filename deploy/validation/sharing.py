@@ -8,8 +8,9 @@ from calibration.dataset import Dataset
 from deploy.validation.batches import sizes_of, time_sizes
 from deploy.validation.remote import RemoteSession
 
-INDEPENDENT_DB = 60.0
-"""Kernels may sum in another order in another batch; a scale that the batch decides shows far below this."""
+ROWS = 8
+INDEPENDENT_DB = 100.0
+"""The same kernels on the same row: what differs comes from the rows beside it."""
 PAYS = 1.2
 CLOSE = 0.95
 
@@ -38,14 +39,15 @@ def measure_sharing(session: RemoteSession, data: Dataset) -> Sharing:
 
 
 def _independent(session: RemoteSession, data: Dataset, sizes: list[int]) -> bool:
-    """Whether rows answer alone what they answer together."""
-    count = min(len(data), sizes[-1], 8)
-    if count < 2:
+    """Whether a row's answer is the same whatever rows stand beside it, in calls of one size."""
+    size = min(ROWS, sizes[-1], len(data) // 2)
+    if size < 2:
         return False
-    together = session.run(data.batch(0, count))
-    alone = [session.run(data.batch(index, index + 1)) for index in range(count)]
-    return all(
-        array.shape[:1] == (count,)
-        and snr_db(array, np.concatenate([answer[name] for answer in alone])) >= INDEPENDENT_DB
-        for name, array in together.items()
-    )
+    for row in range(size):
+        companions = [[each for each in range(start, start + size) if each != row] for start in (0, size)]
+        pairs = [np.array([row, *others[: size - 1]]) for others in companions]
+        first, second = (session.run(data.select(pair).batch(0, size)) for pair in pairs)
+        for name, array in first.items():
+            if array.shape[:1] != (size,) or snr_db(array[:1], second[name][:1]) < INDEPENDENT_DB:
+                return False
+    return True
