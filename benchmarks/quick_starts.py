@@ -4,9 +4,9 @@
 
 Builds each project for this machine, makes the artifacts of the quick starts from the same module by the
 libraries' own calls and defaults, and calls all of them (a batch of one, as many threads as the build
-recommends, a process each) in rounds whose order alternates. A recipe does not count whose metric drops by more
-than the build may lose or, where there is no evaluation data, whose outputs agree worse than a build asks of
-int8. Projects come from tests/real/prepare.py and need EDGE_DEPLOY_DATA.
+recommends, a process each) in rounds whose order alternates. A recipe does not count whose metric drops by
+more than the build may lose or, where there is no evaluation data, whose outputs agree worse than a build
+asks of int8. Projects come from tests/real/prepare.py and need EDGE_DEPLOY_DATA.
 """
 
 import argparse
