@@ -35,7 +35,7 @@ class Chromium:
     def __init__(self, *, width: int = 1000, height: int = 1100) -> None:
         path = found()
         assert path is not None
-        self._profile = tempfile.TemporaryDirectory()
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
         command = [
