@@ -245,7 +245,9 @@ def server(result: Result) -> str:
     heads = ("at once", "us over the raw call, median [95%]", "at most", "goal", "requests a second")
     runs = result["rows"][0]["over_us"]["runs"]
     text = _origin(result, f"{runs} interleaved rounds of {result['requests']} requests")
-    return text + _table(heads, rows) + f"\nThe raw call: {_spread(result['raw_us'], 0)} us.\n"
+    text += _table(heads, rows) + f"\nThe raw call: {_spread(result['raw_us'], 0)} us.\n"
+    cost = result.get("per_million")
+    return text + (f"A million answers at the best rate cost {cost:.4f}.\n" if cost is not None else "")
 
 
 def soak(result: Result) -> str:

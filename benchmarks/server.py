@@ -152,11 +152,23 @@ def measure(build: Path, requests: int, runs: int) -> dict[str, Any]:
     }
 
 
+def cost_per_million(rows: list[dict[str, Any]], price_per_hour: float) -> float:
+    """What a million answers cost at the best rate, in the currency of the price.
+
+    The rate is of a machine that also runs the client: on one that only serves it is higher.
+    """
+    best = max(row["per_second"]["median"] for row in rows)
+    return 1e6 / (3600 * best) * price_per_hour
+
+
 def options() -> argparse.ArgumentParser:
     """The common options, the build and the requests of a round."""
     made = parser(__doc__, runs=9, least=6)
     made.add_argument("--build", type=Path, help="serve this build")
     made.add_argument("--requests", type=int, default=4000, help="requests of a round")
+    made.add_argument(
+        "--price-per-hour", type=float, help="of this machine: tells what a million answers cost"
+    )
     return made
 
 
@@ -165,7 +177,10 @@ def main(words: list[str] | None = None) -> None:
     arguments = options().parse_args(words)
     with tempfile.TemporaryDirectory() as scratch:
         build = arguments.build or built(Path(scratch))
-        result = record("server", measure(build, arguments.requests, arguments.runs))
+        measured = measure(build, arguments.requests, arguments.runs)
+    if arguments.price_per_hour is not None:
+        measured["per_million"] = cost_per_million(measured["rows"], arguments.price_per_hour)
+    result = record("server", measured)
     deliver(result, render.server(result), arguments)
 
 

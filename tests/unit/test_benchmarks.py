@@ -165,6 +165,11 @@ def test_pruning_pays_where_it_gains_and_keeps_accuracy() -> None:
     assert pays([{"name": "dense-int8"}]) is None
 
 
+def test_a_million_answers_cost_what_the_hours_for_them_do() -> None:
+    rows = [{"per_second": {"median": rate}} for rate in (500.0, 1000.0)]
+    assert load("server").cost_per_million(rows, 0.36) == pytest.approx(0.1)
+
+
 def test_results_of_all_scripts_are_recorded() -> None:
     assert sorted(render.read_results(render.RESULTS)) == sorted(SCRIPTS)
 
