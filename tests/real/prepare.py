@@ -203,7 +203,6 @@ def recordings() -> tuple[NDArray[np.int16], NDArray[np.int64], NDArray[np.str_]
     """Sounds int16 (n, SOUND_SAMPLES), cut or padded at the end; digits; speakers. Sorted by file name."""
     rows = []
     with tarfile.open(data_folder() / "speech_digits" / "recordings.tar.gz") as archive:
-        archive.extraction_filter = tarfile.data_filter
         for member in archive:
             file = archive.extractfile(member) if member.name.endswith(".wav") else None
             if file is not None:
