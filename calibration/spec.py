@@ -29,6 +29,17 @@ class TensorSpec:
         )
 
     @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """The smallest and largest size along each axis."""
+        return tuple((size, size) if isinstance(size, int) else self.bounds[size] for size in self.shape)
+
+    def admits(self, shape: Sequence[int]) -> bool:
+        """Whether an array of this shape fits."""
+        return len(shape) == len(self.shape) and all(
+            low <= size <= high for size, (low, high) in zip(shape, self.ranges, strict=True)
+        )
+
+    @property
     def batched(self) -> bool:
         """Whether the first dimension counts samples."""
         return bool(self.shape) and self.shape[0] == "batch"

@@ -1,6 +1,5 @@
 """A build folder read again, by what imports neither torch nor anything that builds."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ import numpy as np
 
 from calibration import compare
 from calibration.spec import TensorSpec
+from deploy.cache import file_digest
 from deploy.manifest import Manifest
 from targets.errors import IntegrityError, WrongOutputsError
 
 Array = np.ndarray[Any, Any]
 
 GOLDEN = ("inputs.npz", "expected.npz")
-CHUNK = 1 << 20
 MIN_SNR_DB = {
     "float32": 80.0,
     "float16": 45.0,
@@ -33,7 +32,7 @@ def check_files(folder: Path, manifest: Manifest) -> Path:
         path = folder / file.path
         if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
             raise IntegrityError(f"{file.path} is missing from {folder}", fix="build again")
-        if _digest(path) != file.sha256:
+        if file_digest(path) != file.sha256:
             raise IntegrityError(
                 f"{file.path} is not what the manifest says", expected=file.sha256, fix="build again"
             )
@@ -85,11 +84,3 @@ def _arrays(file: Path) -> dict[str, Array]:
         raise IntegrityError(
             f"the golden pair's {file.name} cannot be read: {error}", fix="build again"
         ) from error
-
-
-def _digest(file: Path) -> str:
-    hasher = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            hasher.update(chunk)
-    return hasher.hexdigest()

@@ -1,7 +1,7 @@
 """An artifact judged: its outputs, its accuracy on data, its latency beside the other rungs'."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from calibration.dataset import Dataset
     from deploy.validation.latency import Timing
     from deploy.validation.metrics import Drop
+    from deploy.validation.remote import RemoteSession
     from deploy.validation.result import Validated
     from deploy.validation.rung import Judge
     from deploy.validation.sharing import Sharing
@@ -69,12 +70,9 @@ class Judging:
             return {}
         from deploy.validation.latency import Timing
 
-        ingredients = {
-            "artifacts": [[artifact.rung.name, artifact.key] for artifact in artifacts],
-            "machine": cpu_name(),
-            "threads": self._bench.threads,
-        }
-        entry = self._bench.stage("latency", ingredients, lambda folder: self._time(artifacts, folder))
+        entry = self._bench.stage(
+            "latency", self._measured(artifacts), lambda folder: self._time(artifacts, folder)
+        )
         timings: dict[str, Timing] = read_json(entry.folder / "latency.json", dict[str, Timing])
         return timings
 
@@ -84,24 +82,32 @@ class Judging:
             return {}
         from deploy.validation.throughput import Rate
 
-        ingredients = {
-            "artifacts": [[artifact.rung.name, artifact.key] for artifact in artifacts],
-            "machine": cpu_name(),
-            "threads": self._bench.threads,
-        }
-        entry = self._bench.stage("throughput", ingredients, lambda folder: self._rate(artifacts, folder))
+        entry = self._bench.stage(
+            "throughput", self._measured(artifacts), lambda folder: self._rate(artifacts, folder)
+        )
         rates: dict[str, Rate] = read_json(entry.folder / "throughput.json", dict[str, Rate])
         return rates
 
     def _rate(self, artifacts: Sequence[BuiltArtifact], folder: Path) -> None:
         from deploy.validation.throughput import measure_rates
 
-        with ExitStack() as stack:
-            sessions = {
-                each.rung.name: stack.enter_context(self._artifacts.session(each)) for each in artifacts
-            }
+        with self._sessions(artifacts) as sessions:
             rates = measure_rates(sessions, self._bench.data.parity, threads=self._bench.threads)
         write_json(folder / "throughput.json", rates)
+
+    def _measured(self, artifacts: Sequence[BuiltArtifact]) -> dict[str, Any]:
+        """What a measurement of several rungs depends on."""
+        return {
+            "artifacts": [[artifact.rung.name, artifact.key] for artifact in artifacts],
+            "machine": cpu_name(),
+            "threads": self._bench.threads,
+        }
+
+    @contextmanager
+    def _sessions(self, artifacts: Sequence[BuiltArtifact]) -> "Iterator[dict[str, RemoteSession]]":
+        """All of them open, by rung."""
+        with ExitStack() as stack:
+            yield {each.rung.name: stack.enter_context(self._artifacts.session(each)) for each in artifacts}
 
     def sharing(self, artifact: BuiltArtifact) -> "Sharing | None":
         """How many rows should share a call; None for targets that serve nobody."""
@@ -213,10 +219,7 @@ class Judging:
         from deploy.validation.latency import time_interleaved
 
         inputs = self._bench.data.parity.batch(0, self._bench.batch(1))
-        with ExitStack() as stack:
-            sessions = {
-                each.rung.name: stack.enter_context(self._artifacts.session(each)) for each in artifacts
-            }
+        with self._sessions(artifacts) as sessions:
             for session in sessions.values():
                 session.prepare(inputs)
             timings = time_interleaved(sessions)

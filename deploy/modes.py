@@ -1,11 +1,12 @@
 """A module's modes and flags and torch's threads, changed for a while and given back."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from targets.detect import usable_cores
 
 MOST_THREADS = 16
 
@@ -47,16 +48,9 @@ def own_threads() -> Iterator[int]:
     the number.
     """
     before = torch.get_num_threads()
-    threads = min(MOST_THREADS, cores())
+    threads = min(MOST_THREADS, usable_cores())
     torch.set_num_threads(threads)
     try:
         yield threads
     finally:
         torch.set_num_threads(before)
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -1,6 +1,6 @@
 """What sessions have in common: inputs checked before a runtime sees them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def checked(spec: TensorSpec, inputs: Arrays) -> np.ndarray[Any, Any]:
     array = inputs[spec.name]
     if str(array.dtype) != spec.dtype:
         raise ModelError(f"input {spec.name} has the wrong dtype", found=array.dtype, expected=spec.dtype)
-    if not _fits(spec, array.shape):
+    if not spec.admits(array.shape):
         raise ModelError(
             f"input {spec.name} has the wrong shape",
             found=array.shape,
@@ -31,14 +31,16 @@ def checked(spec: TensorSpec, inputs: Arrays) -> np.ndarray[Any, Any]:
     return np.ascontiguousarray(array)
 
 
-def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
-    if len(shape) != len(spec.shape):
-        return False
-    for size, wanted in zip(shape, spec.shape, strict=True):
-        low, high = (wanted, wanted) if isinstance(wanted, int) else spec.bounds[wanted]
-        if not low <= size <= high:
-            return False
-    return True
+def refusal(
+    what: str, shapes: Mapping[str, Sequence[int]], specs: Sequence[TensorSpec], said: str
+) -> ModelError:
+    """What is told when a runtime refuses inputs that were checked."""
+    return ModelError(
+        f"the {what} refused its inputs",
+        found=", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items()),
+        expected=", ".join(f"{spec.name} {list(spec.shape)}{_within(spec)}" for spec in specs),
+        fix=f"the runtime said: {said}",
+    )
 
 
 def _within(spec: TensorSpec) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from calibration.spec import TensorSpec
-from exporters.arrays import checked
+from exporters.arrays import checked, refusal
 from exporters.base import Artifact, Delegated, Operator, Quantization
 from exporters.capture import plain_convolutions
 from exporters.quiet import quiet
@@ -419,16 +419,8 @@ class ExecuTorchSession:
         try:
             values: list[Tensor] = list(self._method.execute(prepared))
         except RuntimeError as error:
-            raise ModelError(
-                "the program refused its inputs",
-                found=", ".join(
-                    f"{spec.name} {tuple(t.shape)}" for spec, t in zip(self._inputs, prepared, strict=True)
-                ),
-                expected=", ".join(
-                    f"{spec.name} {list(spec.shape)} within {dict(spec.bounds)}" for spec in self._inputs
-                ),
-                fix=f"the runtime said: {error}",
-            ) from error
+            shapes = {spec.name: t.shape for spec, t in zip(self._inputs, prepared, strict=True)}
+            raise refusal("program", shapes, self._inputs, str(error)) from error
         return values
 
     def _tensor(self, spec: TensorSpec, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Tensor:

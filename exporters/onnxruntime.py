@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from calibration.spec import TensorSpec
-from exporters.arrays import Arrays, checked
+from exporters.arrays import Arrays, checked, refusal
 from exporters.base import Artifact, Delegated, Operator, Quantization
 from exporters.onnx import OnnxModel
 from exporters.quiet import quiet
@@ -263,12 +263,8 @@ class OnnxRuntimeSession:
         except DeployError:
             raise
         except Exception as error:  # the runtime's own exceptions share no base
-            raise ModelError(
-                "the model refused its inputs",
-                found=", ".join(f"{name} {array.shape}" for name, array in inputs.items()),
-                expected=", ".join(f"{spec.name} {list(spec.shape)}" for spec in self._inputs),
-                fix=f"the runtime said: {first_line(error)}",
-            ) from error
+            shapes = {name: array.shape for name, array in inputs.items()}
+            raise refusal("model", shapes, self._inputs, first_line(error)) from error
         return dict(zip(self._outputs, values, strict=True))
 
     def prepare(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from calibration.spec import TensorSpec
-from exporters.arrays import Arrays, checked
+from exporters.arrays import Arrays, checked, refusal
 from exporters.base import Artifact, Delegated, Operator, Quantization
 from exporters.onnx import OnnxModel
 from exporters.quiet import quiet
@@ -206,12 +206,8 @@ class OpenVinoSession:
         try:
             self.call(self.prepare(inputs))
         except RuntimeError as error:
-            raise ModelError(
-                "the model refused its inputs",
-                found=", ".join(f"{name} {array.shape}" for name, array in inputs.items()),
-                expected=", ".join(f"{spec.name} {list(spec.shape)}" for spec in self._inputs),
-                fix=f"the runtime said: {reason(error)}",
-            ) from error
+            shapes = {name: array.shape for name, array in inputs.items()}
+            raise refusal("model", shapes, self._inputs, reason(error)) from error
         return {name: np.array(self._last.get_tensor(name).data) for name in self._outputs}
 
     def prepare(self, inputs: Arrays) -> list[tuple[str, Any]]:

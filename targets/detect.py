@@ -128,7 +128,7 @@ def detect_host() -> Target:
 
 
 def _host_chip() -> Chip:
-    cores = _usable_cores()
+    cores = usable_cores()
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         meminfo = Path("/proc/meminfo").read_text(encoding="utf-8", errors="replace")
@@ -137,7 +137,8 @@ def _host_chip() -> Chip:
     return from_cpuinfo(cpuinfo, memory_gb=memory_gb_from_meminfo(meminfo), cores=cores)
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

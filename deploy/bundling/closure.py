@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-OWN = ("targets", "calibration", "exporters", "deploy")
+from deploy.environment import OWN_PACKAGES
 
 
 def closure(roots: Sequence[str]) -> dict[str, Path]:
@@ -23,7 +23,7 @@ def closure(roots: Sequence[str]) -> dict[str, Path]:
             continue
         found[name] = file
         if file.name != "__init__.py" or name in roots:
-            waiting += [each for each in _imports(file) if each.partition(".")[0] in OWN]
+            waiting += [each for each in _imports(file) if each.partition(".")[0] in OWN_PACKAGES]
     return {_place(name, file): file for name, file in sorted(found.items())}
 
 

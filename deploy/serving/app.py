@@ -75,7 +75,7 @@ class _Api:
             identity = self._gate.identity(request.headers.get("x-request-id", ""))
             try:
                 if secret:
-                    self._gate.admit(request.headers.get("authorization", "").encode())
+                    self._gate.admit(request.headers.get("authorization", "").encode("latin-1"))
                 response = await handler(request)
             except RequestError as error:
                 response = _failed(error)

@@ -1,6 +1,5 @@
 """A build folder opened for serving: files checked, artifact loaded, golden pair held."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 
 from calibration.spec import TensorSpec
 from deploy.builds import check_files, golden_pair, require_golden, specs_of
+from deploy.cache import file_digest
 from deploy.manifest import Manifest, read
 from exporters.base import Session, find_runtime
 
@@ -62,7 +62,7 @@ def load(folder: Path, *, threads: int | None = None) -> Loaded:
     )
     inputs, expected = golden_pair(folder)
     require_golden(folder, manifest, session.run(inputs), expected)
-    version = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:12]
+    version = file_digest(folder / MANIFEST)[:12]
     return Loaded(
         folder=folder,
         manifest=manifest,

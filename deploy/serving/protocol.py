@@ -197,21 +197,14 @@ def _check_interface(tensor: InputTensor, spec: TensorSpec, field: str) -> None:
     datatype = DATATYPES[spec.dtype]
     if tensor.datatype != datatype:
         raise RequestError(400, f"{field}.datatype", f"is {tensor.datatype[:20]!r}, expected {datatype}")
-    fits = len(tensor.shape) == len(spec.shape) and all(
-        low <= size <= high for size, (low, high) in zip(tensor.shape, _bounds(spec), strict=False)
-    )
-    if not fits:
+    if not spec.admits(tensor.shape):
         shown = str(tensor.shape[:8])[:100]
         raise RequestError(400, f"{field}.shape", f"is {shown}, expected {shape_text(spec)}")
 
 
-def _bounds(spec: TensorSpec) -> list[tuple[int, int]]:
-    return [(size, size) if isinstance(size, int) else spec.bounds[size] for size in spec.shape]
-
-
 def shape_text(spec: TensorSpec) -> str:
     """A shape for a person: "[1 to 64, 1, 8, 8]"."""
-    sizes = [str(low) if low == high else f"{low} to {high}" for low, high in _bounds(spec)]
+    sizes = [str(low) if low == high else f"{low} to {high}" for low, high in spec.ranges]
     return f"[{', '.join(sizes)}]"
 
 

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ class Model:
         self._queue: Queue | None = None
         if loaded.median_ms is None or loaded.median_ms >= SHORT_MS:
             rows = metrics.rows.labels(loaded.name)
-            self._queue = Queue(loaded.session.run, self._limits(limits), rows.observe)
+            shared = replace(limits, rows=loaded.manifest.recommended.shared_rows or 1)
+            self._queue = Queue(loaded.session.run, shared, rows.observe)
             metrics.waiting.labels(loaded.name).set_function(
                 lambda: self._queue.waiting if self._queue else 0
             )
@@ -82,15 +84,6 @@ class Model:
         """Answers what waits."""
         if self._queue is not None:
             await self._queue.close()
-
-    def _limits(self, limits: Limits) -> Limits:
-        """As many rows in a call as the build found to pay."""
-        return Limits(
-            rows=self.loaded.manifest.recommended.shared_rows or 1,
-            window_s=limits.window_s,
-            waiting=limits.waiting,
-            seconds=limits.seconds,
-        )
 
 
 class Service:

@@ -1,6 +1,5 @@
 """From a real model to a server: runtimes compete, the bundle in a fresh environment, the page."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -114,14 +113,9 @@ def test_the_bundle_installs_in_a_fresh_environment_and_answers_what_the_build_d
 
 
 @pytest.fixture(scope="module")
-def chromium() -> ModuleType:
+def chromium(preparation: ModuleType) -> ModuleType:
     """chromium.py; skips, saying so, where there is no Chromium."""
-    spec = importlib.util.spec_from_file_location("_chromium", HERE / "chromium.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module: ModuleType = preparation.load_file(HERE / "chromium.py")
     if module.found() is None:
         pytest.skip(f"the page was not looked at: no {' or '.join(module.NAMES)} on this machine")
     return module

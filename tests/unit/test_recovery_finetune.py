@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from deploy.modes import MOST_THREADS, cores
+from deploy.modes import MOST_THREADS
 from deploy.recovery.finetune import (
     Progress,
     Recovered,
@@ -21,6 +21,7 @@ from deploy.recovery.finetune import (
     recover,
     split,
 )
+from targets.detect import usable_cores
 from targets.errors import ModelError, UsageError
 
 
@@ -118,7 +119,7 @@ def test_training_has_its_own_number_of_threads(dense: nn.Module, tmp_path: Path
         assert torch.get_num_threads() == outside
     finally:
         torch.set_num_threads(before)
-    assert seen == {min(MOST_THREADS, cores())}
+    assert seen == {min(MOST_THREADS, usable_cores())}
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_others(dense: nn.Module, tmp_path: Path) -> None:
