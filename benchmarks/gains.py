@@ -30,7 +30,7 @@ from benchmarks.measuring import ROOT, deliver, parser, plain, ratios, record, s
 from deploy.building import Build
 from deploy.manifest import Rung
 from deploy.project import Project, load
-from deploy.validation.remote import RemoteSession
+from exporters.remote import RemoteSession
 
 MODELS = ("digits", "ds_cnn", "resnet20", "resnet56")
 EAGER = "eager float32"

@@ -31,8 +31,8 @@ from deploy.data import ProjectData
 from deploy.model import load_module
 from deploy.project import Project, load
 from deploy.validation import metrics
-from deploy.validation.remote import RemoteSession
 from exporters.capture import order_inputs
+from exporters.remote import RemoteSession
 
 MODELS = ("digits", "ds_cnn", "resnet20", "resnet56", "mobilenet_v2", "resnet18", "minilm")
 OURS = "deploy build"

@@ -1,5 +1,6 @@
 """From a variant to an artifact on disk: quantized in a rung's precision, exported, opened."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,13 +14,14 @@ from deploy.manifest import LayerSensitivity
 from deploy.planner import RungPlan
 from deploy.variants import Variants
 from deploy.workbench import Workbench, read_json, write_json
-from exporters.base import EXPORTERS, Delegated, Form, Quantization, find_exporter
+from exporters.base import EXPORTERS, Delegated, Form, Quantization, dense_twin, find_exporter
+from exporters.isolated.environment import prepare
 from targets.errors import IntegrityError, WrongOutputsError
 
 if TYPE_CHECKING:
-    from deploy.validation.remote import RemoteSession
     from exporters.capture import Captured
     from exporters.onnx import OnnxModel
+    from exporters.remote import RemoteSession
 
 ONNX = "model.onnx"
 SENSITIVITY_SAMPLES = 32
@@ -95,7 +97,7 @@ class Artifacts:
         """The rung's artifact. Raises ModelError when the runtime cannot hold it."""
         tables = self._bench.tables
         ingredients = {
-            "module": self._variants.key(rung.pruned),
+            "module": self._variants.key(rung.pattern),
             "runtime": rung.runtime,
             "precision": rung.precision,
             "variant": rung.variant,
@@ -124,6 +126,15 @@ class Artifacts:
         except BaseException:
             self.end(artifact)
             raise
+
+    @contextmanager
+    def dense_twin(self, artifact: BuiltArtifact) -> "Iterator[RemoteSession]":
+        """The artifact with its masked weights filled, open for as long as the block lasts."""
+        with tempfile.TemporaryDirectory() as folder:
+            twin = Path(folder) / artifact.file.name
+            dense_twin(artifact.rung.runtime, artifact.file, twin)
+            with self._open(replace(artifact, file=twin)) as session:
+                yield session
 
     def end(self, artifact: BuiltArtifact) -> None:
         """Ends the artifact's process, if it has one."""
@@ -160,7 +171,7 @@ class Artifacts:
         return [msgspec.structs.replace(each, kept_float=each.layer in kept) for each in self._measured(rung)]
 
     def _open(self, artifact: BuiltArtifact) -> "RemoteSession":
-        from deploy.validation.remote import RemoteSession
+        from exporters.remote import RemoteSession
 
         by_name = {spec.name: spec for spec in self._bench.specs}
         try:
@@ -179,6 +190,8 @@ class Artifacts:
 
     def _export(self, rung: RungPlan, folder: Path) -> None:
         exporter = find_exporter(rung.runtime)
+        if EXPORTERS[rung.runtime].isolated:
+            prepare(rung.runtime, self._bench.announce)
         source, form = self._source(rung)
         file = folder / f"model{exporter.suffix}"
         artifact = exporter.export(
@@ -202,33 +215,36 @@ class Artifacts:
     def _source(self, rung: RungPlan) -> "tuple[Captured | OnnxModel, Interface]":
         """What the rung's exporter starts from, and its inputs and outputs."""
         if EXPORTERS[rung.runtime].accepts is Form.GRAPH:
-            captured = self._capture(rung.pruned)
+            captured = self._capture(rung.pattern)
             return captured, _interface(captured)
         from exporters.onnx import OnnxModel
 
-        ingredients = {"module": self._variants.key(rung.pruned), "outputs": list(self._bench.tables.outputs)}
-        name = f"onnx {'pruned' if rung.pruned else 'dense'}"
-        entry = self._bench.stage(name, ingredients, lambda folder: self._convert(rung.pruned, folder))
+        ingredients = {
+            "module": self._variants.key(rung.pattern),
+            "outputs": list(self._bench.tables.outputs),
+        }
+        name = f"onnx {rung.pattern}"
+        entry = self._bench.stage(name, ingredients, lambda folder: self._convert(rung.pattern, folder))
         found: Converted = read_json(entry.folder / "onnx.json", Converted)
         by_name = {spec.name: spec for spec in self._bench.specs}
         inputs = tuple(by_name[name] for name in found.interface.inputs)
         return OnnxModel(file=entry.folder / ONNX, inputs=inputs, modules=found.modules), found.interface
 
-    def _convert(self, pruned: bool, folder: Path) -> None:
+    def _convert(self, pattern: str, folder: Path) -> None:
         from exporters.onnx import to_onnx
 
         if self._bench.foreign:
-            self._convert_foreign(folder)
+            self._convert_foreign(pattern, folder)
             return
-        captured = self._capture(pruned)
+        captured = self._capture(pattern)
         model = to_onnx(captured, folder / ONNX)
         converted = Converted(interface=_interface(captured), modules=dict(model.modules))
         write_json(folder / "onnx.json", converted)
 
-    def _convert_foreign(self, folder: Path) -> None:
+    def _convert_foreign(self, pattern: str, folder: Path) -> None:
         """The user's own ONNX model; its nodes stand for modules, so that [quantize] exclude names them."""
         bench = self._bench
-        file = bench.plan.project.path(bench.tables.model.source)
+        file = self._variants.onnx_file(pattern)
         model = foreign.prepared(file, bench.specs)
         (folder / ONNX).write_bytes(model.SerializeToString(deterministic=True))
         outputs = [
@@ -239,11 +255,11 @@ class Artifacts:
         modules = {node.name: node.name for node in model.graph.node}
         write_json(folder / "onnx.json", Converted(interface=interface, modules=modules))
 
-    def _capture(self, pruned: bool) -> "Captured":
+    def _capture(self, pattern: str) -> "Captured":
         from exporters.capture import capture
 
         bench = self._bench
-        return capture(self._variants.module(pruned), bench.specs, output_names=list(bench.tables.outputs))
+        return capture(self._variants.module(pattern), bench.specs, output_names=list(bench.tables.outputs))
 
     def _float_layers(self, rung: RungPlan) -> set[str]:
         """The layers that stay float; in a mixed rung the fewest that halve the noise's amplitude, too."""
@@ -258,10 +274,10 @@ class Artifacts:
 
     def _measured(self, rung: RungPlan) -> list[LayerSensitivity]:
         ingredients = {
-            "module": self._variants.key(rung.pruned),
+            "module": self._variants.key(rung.pattern),
             "calibration": self._bench.data_key("calibration"),
         }
-        name = f"sensitivity {'pruned' if rung.pruned else 'dense'}"
+        name = f"sensitivity {rung.pattern}"
         entry = self._bench.stage(name, ingredients, lambda folder: self._measure(rung, folder))
         layers: list[LayerSensitivity] = read_json(entry.folder / "sensitivity.json", list[LayerSensitivity])
         return layers
@@ -270,7 +286,7 @@ class Artifacts:
         from deploy.quantization.sensitivity import layer_sensitivity
         from exporters.capture import positional
 
-        module = self._variants.module(rung.pruned)
+        module = self._variants.module(rung.pattern)
         size = min(len(self._bench.data.calibration), self._samples(rung))
         inputs = self._bench.calibration_inputs(module, max(size, self._bench.batch(1)))
         called = positional(module, self._bench.specs)
@@ -281,7 +297,7 @@ class Artifacts:
 
     def _samples(self, rung: RungPlan) -> int:
         """As many samples as seconds of arithmetic allow: one pass a layer."""
-        passes = self._variants.cost(rung.pruned).macs * SENSITIVITY_LAYERS
+        passes = self._variants.cost(rung.pattern).macs * SENSITIVITY_LAYERS
         return max(1, min(SENSITIVITY_SAMPLES, int(SENSITIVITY_MACS / max(passes, 1))))
 
 

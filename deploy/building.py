@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from deploy import ladder, publish
-from deploy.cache import Cache, default_root
+from deploy.cache import Cache
 from deploy.disk import locked
 from deploy.environment import versions
 from deploy.lockfile import lock_toml
@@ -30,6 +30,7 @@ from deploy.recording import (
 )
 from deploy.workbench import Workbench
 from exporters.base import EXPORTERS, require_packages
+from exporters.cache_root import cache_root
 from targets.errors import (
     BudgetError,
     DeployError,
@@ -40,6 +41,7 @@ from targets.errors import (
 )
 
 Announce = Callable[[str], None]
+BUILDABLE = ("dense", "structured", "unstructured")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ def run_build(plan: Plan, options: BuildOptions, announce: Announce = lambda tex
     with locked(folder, lambda: announce(f"another build writes {folder}; waiting for it")):
         bench = Workbench(
             plan=plan,
-            cache=Cache(default_root()),
+            cache=Cache(cache_root()),
             seed=options.seed,
             refresh=not options.use_cache,
             announce=announce,
@@ -111,11 +113,11 @@ def require_buildable(plan: Plan) -> None:
             expected=f"one of {', '.join(EXPORTERS)}",
             fix="deploy plan shows what will be done; choose a target that runs one of these, or --runtime",
         )
-    if plan.pattern not in ("dense", "structured"):
+    if plan.pattern not in BUILDABLE:
         raise MissingRequirementError(
             f"the pattern {plan.pattern} cannot be built yet",
-            found="no weight-mask pruning in this version",
-            expected="structured or dense",
+            found="a pattern of masks that this version does not make",
+            expected=", ".join(BUILDABLE),
             fix="use --pattern structured",
         )
     for runtime in plan.runtimes:
@@ -150,13 +152,15 @@ def _decide(
     manifest = manifest_record(pipeline, shipped, marked, folder)
     assert shipped.artifact is not None
     report_drop = pipeline.judging.report_drop(shipped.artifact)
-    pruned = pipeline.variants.pruned()
+    pattern = shipped.plan.pattern if shipped.plan.pruned else plan.pattern
+    pruned = pipeline.variants.pruned(pattern)
     report = Report(
         manifest=manifest,
         plan=plan.record(),
         widths=pruned.widths if pruned else [],
+        masks=pruned.masks if pruned else [],
         pruning=pruned.asked if pruned else [],
-        recovery=pipeline.variants.recovery(),
+        recovery=pipeline.variants.recovery(pattern),
         sensitivity=pipeline.artifacts.sensitivity(shipped.plan),
         runner_up=choice.runner_up,
         report_accuracy=accuracy_record(plan, report_drop) if report_drop else None,

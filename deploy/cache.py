@@ -200,14 +200,6 @@ class Cache:
         return f"changed: {', '.join(changed)}" if changed else "it was asked for in another way"
 
 
-def default_root() -> Path:
-    """$EDGE_DEPLOY_CACHE, else $XDG_CACHE_HOME/edge-deploy, else ~/.cache/edge-deploy."""
-    if named := os.environ.get("EDGE_DEPLOY_CACHE"):
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "edge-deploy"
-
-
 def digest(value: Any) -> str:
     """SHA-256 of a JSON-like value, the same for the same content."""
     return hashlib.sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()

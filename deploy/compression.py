@@ -151,7 +151,7 @@ def _pruning(plan: "Plan") -> Pruning:
     if plan.pattern != "structured":
         raise MissingRequirementError(
             f"the pattern {plan.pattern} cannot be made yet",
-            found="no weight-mask pruning in this version",
+            found="a pattern of masks",
             expected="structured",
             fix='use pattern="structured"',
         )

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 from deploy import extras
-from deploy.cache import default_root, folder_size
+from deploy.cache import folder_size
 from deploy.environment import cpu_name, version
 from deploy.extras import Requirement
 from deploy.manifest import Value
 from deploy.planner import LICENCES
 from exporters.base import EXPORTERS
+from exporters.cache_root import cache_root
 from targets.catalog import all_targets
 from targets.errors import DeployError, MissingRequirementError
 
@@ -85,7 +86,7 @@ def diagnose(*, deep: bool = False, announce: Announce = lambda text: None) -> D
         _planned_runtimes(),
         _sdks(),
         _licences(wanted),
-        _cache(default_root()),
+        _cache(cache_root()),
         _threads(),
         _telemetry(),
     )

@@ -10,19 +10,21 @@ import msgspec
 from deploy.artifacts import Artifacts, BuiltArtifact
 from deploy.cache import Entry
 from deploy.environment import cpu_name
+from deploy.manifest import SparseExecution
 from deploy.variants import Variants
 from deploy.workbench import Workbench, read_json, write_json
+from exporters.base import EXPORTERS
 from targets.errors import WrongOutputsError
 
 if TYPE_CHECKING:
     from calibration.dataset import Dataset
     from deploy.validation.latency import Timing
     from deploy.validation.metrics import Drop
-    from deploy.validation.remote import RemoteSession
     from deploy.validation.result import Validated
     from deploy.validation.rung import Judge
     from deploy.validation.sharing import Sharing
     from deploy.validation.throughput import Rate
+    from exporters.remote import RemoteSession
 
 
 class Judging:
@@ -38,7 +40,7 @@ class Judging:
         bench = self._bench
         ingredients = {
             "artifact": artifact.key,
-            "module": self._variants.key(artifact.rung.pruned),
+            "module": self._variants.key(artifact.rung.pattern),
             "dense": bench.model_key(),
             "data": bench.data_key("evaluate" if bench.tables.evaluate else "calibration"),
             "metric": bench.metric_key(),
@@ -120,6 +122,24 @@ class Judging:
         sharing: Sharing = read_json(entry.folder / "sharing.json", Sharing)
         return sharing
 
+    def sparse_execution(self, artifact: BuiltArtifact) -> SparseExecution | None:
+        """How much faster the artifact is for its zeros; None without a mask or where no twin is made."""
+        masked = artifact.rung.pattern not in ("dense", "structured")
+        if not masked or not EXPORTERS[artifact.rung.runtime].dense_twin:
+            return None
+        ingredients = {"artifact": artifact.key, "machine": cpu_name(), "threads": self._bench.threads}
+        name = f"zeros {artifact.rung.name}"
+        entry = self._bench.stage(name, ingredients, lambda folder: self._time_zeros(artifact, folder))
+        execution: SparseExecution = read_json(entry.folder / "zeros.json", SparseExecution)
+        return execution
+
+    def _time_zeros(self, artifact: BuiltArtifact, folder: Path) -> None:
+        from deploy.validation.zeros import time_zeros
+
+        inputs = self._bench.data.parity.batch(0, self._bench.batch(1))
+        with self._artifacts.session(artifact) as sparse, self._artifacts.dense_twin(artifact) as dense:
+            write_json(folder / "zeros.json", time_zeros(sparse, dense, inputs))
+
     def _share(self, artifact: BuiltArtifact, folder: Path) -> None:
         from deploy.validation.sharing import measure_sharing
 
@@ -132,7 +152,7 @@ class Judging:
         with self._artifacts.session(artifact) as session:
             validated = validate(
                 session,
-                self._variants.module(artifact.rung.pruned),
+                self._variants.module(artifact.rung.pattern),
                 self._reference(artifact.output_names),
                 self._judge(),
                 outputs=artifact.output_names,
@@ -154,7 +174,7 @@ class Judging:
         bench.announce(f"looking for what is wrong in {rung.name}")
         assert validated.parity.min_snr_db is not None
         case = Case(
-            module=self._variants.module(rung.pruned),
+            module=self._variants.module(rung.pattern),
             data=bench.data.parity,
             sizes=validated.parity.batches,
             runtime=rung.runtime,

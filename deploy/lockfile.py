@@ -24,6 +24,7 @@ def lock_toml(project: Project, plan: Plan, packages: Mapping[str, str], seed: i
             "target": plan.target.name,
             "runtimes": [runtime.name for runtime in plan.runtimes],
             "objective": plan.objective,
+            "licences": list(plan.licences),
             "ladder": len(plan.rungs) > 1,
             "seed": seed,
         },

@@ -121,6 +121,17 @@ class Throughput(Value, frozen=True, kw_only=True):
     threads: int
 
 
+class SparseExecution(Value, frozen=True, kw_only=True):
+    """That zeros are skipped: how much faster a rung ran than the same graph with dense weights.
+
+    `speedup` is the ratio of interleaved medians with its 95% interval, at this batch.
+    """
+
+    speedup: float
+    ci95: list[float]
+    batch: int
+
+
 class LeftOut(Value, frozen=True, kw_only=True):
     """An operator the delegate did not take."""
 
@@ -156,6 +167,7 @@ class Rung(Value, frozen=True, kw_only=True):
     reason: str
     dropped: str | None = None
     throughput: Throughput | None = None
+    sparse_execution: SparseExecution | None = None
 
 
 class BudgetLine(Value, frozen=True, kw_only=True):
@@ -254,6 +266,15 @@ class LayerWidths(Value, frozen=True, kw_only=True):
     after: int
 
 
+class LayerWeights(Value, frozen=True, kw_only=True):
+    """The weights of one layer, and how many of them a mask set to zero."""
+
+    layer: str
+    kind: str
+    weights: int
+    zeros: int
+
+
 class LayerSensitivity(Value, frozen=True, kw_only=True):
     """Output SNR in dB when this layer alone is quantized, on calibration data."""
 
@@ -295,6 +316,7 @@ class Report(Value, frozen=True, kw_only=True):
     manifest: Manifest
     plan: PlanRecord
     widths: list[LayerWidths] = []
+    masks: list[LayerWeights] = []
     pruning: list[Asked] = []
     sensitivity: list[LayerSensitivity] = []
     recovery: list[RecoveryPoint] = []

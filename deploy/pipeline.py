@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from deploy import ladder
 from deploy.artifacts import MIXED_GAIN_DB, Artifacts, BuiltArtifact
 from deploy.judging import Judging
+from deploy.manifest import SparseExecution
 from deploy.planner import Plan, RungPlan
 from deploy.variants import Variants
 from deploy.workbench import Workbench, read_json
-from targets.errors import ModelError, WrongOutputsError
+from exporters.base import EXPORTERS
+from targets.errors import DeployError, MissingRequirementError, ModelError, WrongOutputsError
 
 if TYPE_CHECKING:
     from deploy.validation.latency import Timing
@@ -31,6 +33,7 @@ class RungResult:
     golden: Path | None = None
     timing: "Timing | None" = None
     rate: "Rate | None" = None
+    sparse_execution: SparseExecution | None = None
     dropped: str | None = None
 
 
@@ -58,12 +61,10 @@ class Pipeline:
         ]
 
     def _planned(self) -> tuple[RungPlan, ...]:
-        """The plan's rungs; without the pruned ones where the model has nothing to prune."""
+        """The plan's rungs; without those whose pattern finds nothing to prune in the model."""
         planned = self.bench.plan.rungs
-        dense = tuple(rung for rung in planned if not rung.pruned)
-        if len(dense) == len(planned) or not self.variants.cannot_prune():
-            return planned
-        return dense or tuple(replace(rung, pruned=False) for rung in planned)
+        possible = tuple(rung for rung in planned if not self.variants.cannot_prune(rung.pattern))
+        return possible or tuple(replace(rung, pattern="dense") for rung in planned)
 
     def _make(self, rung: RungPlan) -> RungResult:
         """One rung exported and validated. One that fails is dropped, but for two that raise.
@@ -77,15 +78,25 @@ class Pipeline:
         try:
             result = replace(result, artifact=(artifact := self.artifacts.make(rung)))
             entry = self.judging.validate(artifact)
-        except (ModelError, WrongOutputsError) as error:
-            lacks = isinstance(error, ModelError) and rung.competes
-            if rung.precision == "float32" and not lacks:
+            zeros = self.judging.sparse_execution(artifact)
+        except (ModelError, WrongOutputsError, MissingRequirementError) as error:
+            if not self._may_fail(rung, error):
                 raise
             return replace(result, dropped=error.message)
         validated: Validated = read_json(entry.folder / "validated.json", Validated)
-        if validated.wrong:
+        dropped = validated.wrong or _unskipped(zeros)
+        if dropped:
             self.artifacts.end(artifact)
-        return replace(result, validated=validated, golden=entry.folder, dropped=validated.wrong)
+        return replace(
+            result, validated=validated, golden=entry.folder, dropped=dropped, sparse_execution=zeros
+        )
+
+    def _may_fail(self, rung: RungPlan, error: DeployError) -> bool:
+        """Whether the other rungs go on without this one."""
+        if isinstance(error, MissingRequirementError):
+            return rung.competes and EXPORTERS[rung.runtime].isolated
+        lacks = isinstance(error, ModelError) and rung.competes
+        return rung.precision != "float32" or lacks or (EXPORTERS[rung.runtime].isolated and rung.competes)
 
     def _wants_mixed(self, rung: RungResult, made: list[RungResult]) -> bool:
         """Whether quantization costs accuracy that some layers in float would bring back."""
@@ -94,7 +105,7 @@ class Pipeline:
             return False
         if self.bench.foreign:
             return False
-        same = [r for r in made if (r.plan.runtime, r.plan.pruned) == (rung.plan.runtime, rung.plan.pruned)]
+        same = [r for r in made if (r.plan.runtime, r.plan.pattern) == (rung.plan.runtime, rung.plan.pattern)]
         floats = [r for r in same if r.plan.precision == "float32"]
         if any(accuracy_fails(plan, other) for other in floats):
             return False
@@ -102,6 +113,14 @@ class Pipeline:
             return accuracy_fails(plan, rung) is not None
         parity = rung.validated.parity
         return parity.snr_db >= (parity.min_snr_db or 0.0) - MIXED_GAIN_DB
+
+
+def _unskipped(zeros: SparseExecution | None) -> str | None:
+    """Why a masked rung may not ship: its runtime gains nothing from the zeros that it paid for."""
+    if zeros is None or zeros.ci95[0] > 1:
+        return None
+    ratio = f"{zeros.speedup:.2f}x of the same graph with dense weights"
+    return f"zeros are not skipped: {ratio}, 95% interval [{zeros.ci95[0]:.2f}, {zeros.ci95[1]:.2f}]"
 
 
 def accuracy_fails(plan: Plan, rung: RungResult) -> str | None:

@@ -2,21 +2,33 @@
 
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deploy import foreign
 from deploy.manifest import PlanRecord, PlanStep, Refusal
 from deploy.project import Project
-from exporters.base import EXPORTERS, Form, int8_variants, missing_packages
+from exporters.base import EXPORTERS, Form, at_hand, int8_variants
 from targets import truth
 from targets.errors import UsageError, nearest
 from targets.profile import Chip, RuntimeSupport, Target
 
-DEFAULT_SPARSITY = 0.3
-LICENCES = ("deepsparse",)
+DEFAULT_SPARSITY = {"structured": 0.3, "unstructured": 0.8}
+"""By pattern; every other one states its own. At 80% of the weights zero a sparse engine begins to gain."""
+GAINS_FROM = 0.7
+"""The share of zeros from which sparse kernels gain (docs/measurements.md)."""
+TERMS = {
+    "deepsparse": "the community licence of DeepSparse 1.8.0: evaluation and research, not production; the "
+    "product ended in June 2025 and has no successor",
+}
+"""What a person accepts with --accept-license."""
+LICENCES = tuple(TERMS)
 RUNG_WORDS = {"float32": "float"}
-METHODS = {"auto": "channels", "channels": "channels"}
+METHODS = {
+    "structured": {"auto": "channels", "channels": "channels"},
+    "unstructured": {"auto": "magnitude", "magnitude": "magnitude"},
+}
+"""The methods by pattern, and the one that each word stands for."""
 CRITERIA = ("auto", "l1", "l2", "bn", "taylor", "median", "random")
 OBJECTIVES = ("latency", "throughput", "size")
 COMPETING_KINDS = ("host", "server", "laptop")
@@ -35,11 +47,16 @@ class RungPlan:
     """
 
     runtime: str
-    pruned: bool
     precision: str
+    pattern: str = "dense"
     variant: str = ""
     mixed: bool = False
     competes: bool = False
+
+    @property
+    def pruned(self) -> bool:
+        """Whether something was removed."""
+        return self.pattern != "dense"
 
     @property
     def quantized(self) -> bool:
@@ -61,8 +78,12 @@ class RungPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruning:
-    """What is removed: `sparsity` of `of`, at `multiple` channels; `asked` when a person gave it."""
+    """What is removed: `sparsity` of `of`; `asked` when a person gave it.
 
+    Channels go in steps of `multiple`; masks (every other pattern) set weights to zero.
+    """
+
+    pattern: str
     method: str
     criterion: str
     sparsity: float
@@ -76,20 +97,30 @@ class Pruning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything decided before the model is loaded. `runtime` is the first of `runtimes`, which compete."""
+    """Everything decided before the model is loaded. `runtime` is the first of `runtimes`, which compete.
+
+    `pattern` is what the first runtime executes; `prunings` holds what is removed for each pattern that some
+    runtime is given.
+    """
 
     project: Project
     target: Target
     runtimes: tuple[RuntimeSupport, ...]
     pattern: str
     precision: str
-    pruning: Pruning | None
+    prunings: Mapping[str, Pruning]
     rungs: tuple[RungPlan, ...]
     steps: tuple[PlanStep, ...]
     refused: tuple[Refusal, ...]
     notes: tuple[str, ...]
     fallback: str | None
     objective: str
+    licences: tuple[str, ...] = ()
+
+    @property
+    def pruning(self) -> Pruning | None:
+        """What is removed for the first runtime."""
+        return self.prunings.get(self.pattern)
 
     @property
     def runtime(self) -> RuntimeSupport:
@@ -156,38 +187,49 @@ def make_plan(
     _check_words(project, objective, accepted_licences)
     wanted = next(iter(runtimes), None)
     support, passed_over, fallback = _choose_runtime(project, target, wanted, accepted_licences)
-    rivals = _wanted(target, runtimes[1:]) if runtimes else _rivals(target, support, accepted_licences)
+    rivals = (
+        _wanted(target, runtimes[1:], accepted_licences)
+        if runtimes
+        else _rivals(target, support, accepted_licences)
+    )
     supports = (support, *rivals) if ladder else (support,)
     pattern, reason, refused = _choose_pattern(project, target, support, objective, accepted_licences)
-    multiple = math.lcm(*(each.channel_multiple for each in supports))
-    pruning, unpruned = _choose_pruning(project, multiple, pattern)
     precision, precision_reason = _choose_precision(project, supports)
     supports = tuple(each for each in supports if _tried(project, each))
     support = supports[0]
-    rungs = _rungs(project, supports, precision, pruning is not None, ladder)
-    notes = _notes(project, target, support, unpruned)
+    patterns = {support.name: pattern} | {
+        rival.name: _rival_pattern(project, target, rival, pattern, objective, accepted_licences)
+        for rival in supports[1:]
+    }
+    prunings, unpruned = _choose_prunings(project, supports, patterns)
+    rungs = _rungs(project, supports, precision, {n: p for n, p in patterns.items() if p in prunings}, ladder)
+    licences = tuple(dict.fromkeys(each.licence for each in supports if each.licence))
+    notes = _notes(project, target, support, prunings.get(pattern), unpruned)
     return Plan(
         project=project,
         target=target,
         runtimes=supports,
         pattern=pattern,
         precision=precision,
-        pruning=pruning,
+        prunings=prunings,
         rungs=rungs,
-        steps=_steps(project, supports, pruning, precision, reason, precision_reason),
+        steps=_steps(project, supports, prunings.get(pattern), precision, reason, precision_reason),
         refused=tuple(
             Refusal(what=r.what, reason=r.reason, instead=r.instead) for r in (*passed_over, *refused)
         ),
         notes=notes,
         fallback=fallback,
         objective=objective,
+        licences=licences,
     )
 
 
 def _check_words(project: Project, objective: str, accepted_licences: Collection[str]) -> None:
     prune = project.tables.prune
     _one_of("the objective", objective, OBJECTIVES)
-    _one_of("prune.method", prune.method, tuple(METHODS))
+    _one_of(
+        "prune.method", prune.method, tuple(dict.fromkeys(w for words in METHODS.values() for w in words))
+    )
     _one_of("prune.criterion", prune.criterion, CRITERIA)
     for licence in accepted_licences:
         _one_of("--accept-license", licence, LICENCES)
@@ -225,10 +267,8 @@ def _choose_runtime(
                 expected=f"a torch model, or one of {', '.join(_exporters(project))}",
                 fix=f"use --runtime {_exporters(project)[0]}, or name the torch model it came from",
             )
-        return _wanted(target, [wanted])[0], (), None
-    available = {name for name in _exporters(project) if not missing_packages(name)} & {
-        support.name for support in shared
-    }
+        return _wanted(target, [wanted], accepted)[0], (), None
+    available = {name for name in _exporters(project) if at_hand(name)} & {support.name for support in shared}
     choice = truth.choose_runtime(chip, available=available, accepted_licences=accepted)
     if choice.runtime is None:
         licensed = [support for support in shared if not support.licence or support.licence in accepted]
@@ -248,12 +288,21 @@ def _shared(target: Target) -> list[RuntimeSupport]:
     ]
 
 
-def _wanted(target: Target, names: Sequence[str]) -> tuple[RuntimeSupport, ...]:
-    """Runtimes by name. Raises UsageError for one that the target lacks."""
+def _wanted(target: Target, names: Sequence[str], accepted: Collection[str]) -> tuple[RuntimeSupport, ...]:
+    """Runtimes by name. Raises UsageError for one that the target lacks, or whose terms were not accepted."""
     known = tuple(support.name for support in _shared(target))
     for name in names:
         _one_of(f"the runtime for {target.name}", name, known)
-    return tuple(_across_chips(target, name) for name in names)
+    supports = tuple(_across_chips(target, name) for name in names)
+    for support in supports:
+        if support.licence not in {"", *accepted}:
+            raise UsageError(
+                f"{support.name} is used only where its terms were read and accepted",
+                found=TERMS[support.licence],
+                expected=f"--accept-license {support.licence}",
+                fix=f"read them, then add --accept-license {support.licence}, or choose another --runtime",
+            )
+    return supports
 
 
 def _rivals(target: Target, chosen: RuntimeSupport, accepted: Collection[str]) -> tuple[RuntimeSupport, ...]:
@@ -265,9 +314,7 @@ def _rivals(target: Target, chosen: RuntimeSupport, accepted: Collection[str]) -
         for support in _shared(target)
         if support.name != chosen.name and support.unit == chosen.unit and support.licence in {"", *accepted}
     ]
-    serving = [name for name in names if name in EXPORTERS and EXPORTERS[name].serves]
-    at_hand = [name for name in serving if not missing_packages(name)]
-    return tuple(_across_chips(target, name) for name in at_hand)
+    return tuple(_across_chips(target, name) for name in names if at_hand(name) and EXPORTERS[name].competes)
 
 
 def _licence_only(refused: tuple[truth.Refused, ...]) -> tuple[truth.Refused, ...]:
@@ -311,12 +358,48 @@ def _choose_pattern(
     return wanted, f"{row.why} ({row.source})", ()
 
 
-def _choose_pruning(project: Project, multiple: int, pattern: str) -> tuple[Pruning | None, str | None]:
-    """What to remove, or the reason why nothing is."""
+def _rival_pattern(
+    project: Project,
+    target: Target,
+    rival: RuntimeSupport,
+    planned: str,
+    objective: str,
+    accepted: Collection[str],
+) -> str:
+    """What a competing runtime is given: its own best pattern, or the one asked for where it gains from it.
+
+    A sparsity that a person gave was meant for the planned pattern.
+    """
+    prune, chip = project.tables.prune, target.chips[0]
+    own = _support(chip, rival.name) or rival
+    if prune.pattern != "auto":
+        fits = objective == "size" or truth.executes(own.name, planned, None, chip.features_for(own))
+        return planned if fits else "dense"
+    best = truth.choose_pattern(chip, own, accepted_licences=accepted).pattern
+    return best if prune.sparsity is None or best == planned else "dense"
+
+
+def _choose_prunings(
+    project: Project, supports: tuple[RuntimeSupport, ...], patterns: Mapping[str, str]
+) -> tuple[dict[str, Pruning], str | None]:
+    """What to remove for each pattern, or the reason why nothing is for the planned one."""
+    prunings, reasons = {}, []
+    for pattern in dict.fromkeys(patterns.values()):
+        users = [support for support in supports if patterns[support.name] == pattern]
+        pruning, reason = _choose_pruning(project, pattern, users)
+        reasons += [reason] if reason else []
+        if pruning:
+            prunings[pattern] = pruning
+    return prunings, next(iter(reasons), None)
+
+
+def _choose_pruning(
+    project: Project, pattern: str, users: Sequence[RuntimeSupport]
+) -> tuple[Pruning | None, str | None]:
     prune, evaluate = project.tables.prune, project.tables.evaluate
     if pattern == "dense":
         return None, None
-    if foreign.is_model(project.tables.model.source):
+    if pattern == "structured" and foreign.is_model(project.tables.model.source):
         return None, _unprunable(prune.sparsity, pattern)
     measurable = evaluate is not None and evaluate.source != "synthetic"
     if prune.sparsity is None and not measurable:
@@ -325,14 +408,17 @@ def _choose_pruning(project: Project, multiple: int, pattern: str) -> tuple[Prun
             "nothing is pruned: without real [evaluate] data its cost in accuracy cannot be measured; "
             "[prune] sparsity asks for it all the same",
         )
+    words = METHODS.get(pattern, {"auto": "magnitude", "magnitude": "magnitude"})
+    _one_of(f"prune.method for {pattern} sparsity", prune.method, tuple(words))
     pruning = Pruning(
-        method=METHODS[prune.method],
+        pattern=pattern,
+        method=words[prune.method],
         criterion=prune.criterion,
-        sparsity=DEFAULT_SPARSITY if prune.sparsity is None else prune.sparsity,
-        of=prune.of,
+        sparsity=DEFAULT_SPARSITY.get(pattern, 0.5) if prune.sparsity is None else prune.sparsity,
+        of=prune.of if pattern == "structured" else "weights",
         ranking=prune.ranking,
         min_channels=prune.min_channels,
-        multiple=multiple,
+        multiple=math.lcm(*(each.channel_multiple for each in users)),
         exclude=tuple(prune.exclude),
         asked=prune.sparsity is not None,
     )
@@ -373,20 +459,24 @@ def _offered(support: RuntimeSupport) -> tuple[str, ...]:
 
 
 def _rungs(
-    project: Project, supports: tuple[RuntimeSupport, ...], precision: str, pruned: bool, ladder: bool
+    project: Project,
+    supports: tuple[RuntimeSupport, ...],
+    precision: str,
+    patterns: Mapping[str, str],
+    ladder: bool,
 ) -> tuple[RungPlan, ...]:
-    """Every rung that the ladder tries: all dense ones first, then the same pruned."""
+    """Every rung that the ladder tries: all dense ones first, then those pruned as their runtime gains."""
     if not ladder:
-        return (RungPlan(runtime=supports[0].name, pruned=pruned, precision=precision),)
+        first = supports[0].name
+        return (RungPlan(runtime=first, pattern=patterns.get(first, "dense"), precision=precision),)
     dense = [
-        RungPlan(
-            runtime=support.name, pruned=False, precision=each, variant=variant, competes=len(supports) > 1
-        )
+        RungPlan(runtime=support.name, precision=each, variant=variant, competes=len(supports) > 1)
         for support in supports
         for each in _tried(project, support)
         for variant in _variants(support, each)
     ]
-    return (*dense, *(replace(rung, pruned=True) for rung in dense if pruned))
+    pruned = (replace(r, pattern=patterns[r.runtime]) for r in dense if r.runtime in patterns)
+    return (*dense, *pruned)
 
 
 def _tried(project: Project, support: RuntimeSupport) -> tuple[str, ...]:
@@ -421,7 +511,8 @@ def _steps(
     form = entry.accepts if entry else Form.GRAPH
     steps: list[tuple[str, Form, Form, str]] = []
     if pruning:
-        how = f"{pruning.sparsity:.0%} of {pruning.of}, widths in multiples of {pruning.multiple}"
+        how = f"{pruning.sparsity:.0%} of {pruning.of}"
+        how += f", widths in multiples of {pruning.multiple}" if pruning.pattern == "structured" else " zero"
         steps.append(("prune", Form.MODULE, Form.MODULE, f"{how}: {pattern_reason}"))
     if pruning and recover:
         steps.append(
@@ -459,13 +550,20 @@ def _check_neighbours(steps: tuple[PlanStep, ...]) -> None:
 
 
 def _notes(
-    project: Project, target: Target, support: RuntimeSupport, unpruned: str | None
+    project: Project, target: Target, support: RuntimeSupport, pruning: Pruning | None, unpruned: str | None
 ) -> tuple[str, ...]:
     notes = [unpruned] if unpruned else []
     if support.name not in EXPORTERS:
         notes.append(
             f"this version has no exporter for {support.name}: the plan stands, the build does not (exit 3)"
         )
+    if pruning and pruning.pattern == "unstructured" and pruning.sparsity < GAINS_FROM:
+        notes.append(
+            f"{pruning.sparsity:.0%} of the weights zero is less than sparse kernels gain from "
+            f"({GAINS_FROM:.0%} to 95%): [target.{target.name}.prune] sparsity asks for more on this target"
+        )
+    if support.licence:
+        notes.append(f"{support.name} comes under {TERMS[support.licence]}")
     if len(target.chips) > 1:
         chips = " or ".join(chip.title for chip in target.chips)
         notes.append(f"{target.title} is sold with {chips}: one package for all, its widths fit all")

@@ -40,13 +40,13 @@ def rung_record(pipeline: Pipeline, result: RungResult) -> Rung:
     """A rung as it was measured; the reason for its fate is added when one is chosen."""
     plan = pipeline.bench.plan
     validated, exported = result.validated, result.artifact.info if result.artifact else None
-    dense, cost = pipeline.variants.cost(False), pipeline.variants.cost(result.plan.pruned)
+    cost = pipeline.variants.cost(result.plan.pattern)
     delegated = exported.delegated if exported else None
     return Rung(
         name=result.plan.name,
-        pattern=plan.pattern if result.plan.pruned else "dense",
+        pattern=result.plan.pattern,
         precision=result.plan.precision,
-        sparsity=round(1 - cost.macs / dense.macs, 4) if result.plan.pruned and dense.macs else 0.0,
+        sparsity=_sparsity(pipeline, result.plan.pattern),
         parameters=cost.parameters,
         macs=cost.macs,
         size_bytes=exported.size_bytes if exported else None,
@@ -58,7 +58,19 @@ def rung_record(pipeline: Pipeline, result: RungResult) -> Rung:
         reason="",
         dropped=result.dropped,
         throughput=_throughput(result),
+        sparse_execution=result.sparse_execution,
     )
+
+
+def _sparsity(pipeline: Pipeline, pattern: str) -> float:
+    """The share of multiply-adds that went with channels, or of zeros among a mask's weights."""
+    pruned = pipeline.variants.pruned(pattern)
+    if pruned is None:
+        return 0.0
+    if pruned.masks:
+        return round(pruned.zero_share, 4)
+    dense, cost = pipeline.variants.cost("dense"), pipeline.variants.cost(pattern)
+    return round(1 - cost.macs / dense.macs, 4) if dense.macs else 0.0
 
 
 def _throughput(result: RungResult) -> Throughput | None:
@@ -150,7 +162,7 @@ def manifest_record(pipeline: Pipeline, shipped: RungResult, rungs: list[Rung], 
         recommended=_recommended(pipeline, artifact, rung),
         rungs=rungs,
         budget=[*_max_drop_line(plan, shipped, rung), *budget_lines(plan, rung, folder)],
-        licences=[],
+        licences=list(plan.licences),
         environment=environment(),
         provenance=_provenance(pipeline),
         warnings=_warnings(pipeline, shipped, rung),

@@ -12,9 +12,9 @@ from torch import nn
 from calibration.compare import snr_db
 from calibration.spec import TensorSpec
 from deploy.manifest import Value
-from deploy.validation.remote import RemoteSession
 from exporters.base import EXPORTERS, Form, Quantization, find_exporter
 from exporters.capture import Captured, capture
+from exporters.remote import RemoteSession
 from targets.errors import WrongOutputsError
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
-"""The modules that rungs are made of: the dense one, and the pruned and recovered one."""
+"""The modules that rungs are made of: the dense one, and those pruned by each pattern and recovered."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,8 @@ import msgspec
 
 from deploy import foreign
 from deploy.cache import Entry
-from deploy.manifest import Asked, LayerWidths, RecoveryPoint
+from deploy.manifest import Asked, LayerWeights, LayerWidths, RecoveryPoint
+from deploy.planner import Pruning
 from deploy.workbench import Workbench, read_json, write_json
 from targets.errors import ModelError, UsageError
 
@@ -15,15 +17,24 @@ if TYPE_CHECKING:
     from torch import nn
 
     from deploy.pruning.channels import ChannelPruning
+    from deploy.pruning.masks import LayerMask
 
-MODULE = "module.safetensors"
+DENSE = "dense"
+MODULE, ONNX_MODULE = "module.safetensors", "module.onnx"
 
 
 class Pruned(msgspec.Struct, frozen=True, kw_only=True):
-    """pruned.json: what pruning did."""
+    """pruned.json: what pruning did: the widths of layers that lost channels, or the zeros of masks."""
 
-    widths: list[LayerWidths]
+    widths: list[LayerWidths] = []
+    masks: list[LayerWeights] = []
     asked: list[Asked]
+
+    @property
+    def zero_share(self) -> float:
+        """The share of zeros among all weights of masked layers."""
+        weights = sum(layer.weights for layer in self.masks)
+        return sum(layer.zeros for layer in self.masks) / weights if weights else 0.0
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,77 +45,112 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Variants:
-    """The dense and the pruned module of one run, each made when it is first asked for."""
+    """The modules of one run by their pattern, each made when it is first asked for."""
 
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
-        self._pruned: nn.Module | None = None
-        self.unprunable: str | None = None
+        self._modules: dict[str, nn.Module] = {}
+        self._unprunable: dict[str, str] = {}
+
+    @property
+    def unprunable(self) -> str | None:
         """Why nothing was pruned although the plan had it; None where that did not happen."""
+        return next(iter(self._unprunable.values()), None)
 
-    def module(self, pruned: bool) -> "nn.Module":
+    def module(self, pattern: str) -> "nn.Module":
         """The float module of a variant."""
-        if not pruned:
+        if pattern == DENSE:
             return self._bench.dense()
-        if self._pruned is None:
-            from deploy.pruning.delta import load_pruned
+        if pattern not in self._modules:
+            self._modules[pattern] = self._load(pattern).eval()
+        return self._modules[pattern]
 
-            entry = self._recover() or self._prune()
-            self._pruned = load_pruned(self._bench.factory, entry.folder / MODULE).eval()
-        return self._pruned
+    def onnx_file(self, pattern: str) -> Path:
+        """The ONNX model of a variant, where the project's model is one."""
+        if pattern == DENSE:
+            return self._bench.plan.project.path(self._bench.tables.model.source)
+        return self._prune(pattern).folder / ONNX_MODULE
 
-    def key(self, pruned: bool) -> str:
+    def key(self, pattern: str) -> str:
         """What a variant hashes to."""
-        return (self._recover() or self._prune()).folder.name if pruned else self._bench.model_key()
+        return self._bench.model_key() if pattern == DENSE else self._finished(pattern).folder.name
 
-    def cost(self, pruned: bool) -> Cost:
-        """What one sample costs in a variant."""
-        name = f"cost-{'pruned' if pruned else 'dense'}"
+    def cost(self, pattern: str) -> Cost:
+        """What one sample costs in a variant; zeros count like other weights."""
         entry = self._bench.stage(
-            name, {"module": self.key(pruned)}, lambda folder: self._count(pruned, folder)
+            f"cost {pattern}", {"module": self.key(pattern)}, lambda folder: self._count(pattern, folder)
         )
         cost: Cost = read_json(entry.folder / "cost.json", Cost)
         return cost
 
-    def cannot_prune(self) -> bool:
-        """Whether the model has nothing to prune, where nobody asked for a sparsity; else that raises."""
-        pruning = self._bench.plan.pruning
-        if pruning is None or pruning.asked or self.unprunable:
-            return bool(self.unprunable)
+    def cannot_prune(self, pattern: str) -> bool:
+        """Whether the model has nothing to prune so, where nobody asked for a sparsity; else that raises."""
+        pruning = self._bench.plan.prunings.get(pattern)
+        if pruning is None or pruning.asked or pattern in self._unprunable:
+            return pattern in self._unprunable
         try:
-            self._prune()
+            self._prune(pattern)
         except (UsageError, ModelError) as error:
-            self.unprunable = f"nothing was pruned: {error.message}"
-        return bool(self.unprunable)
+            self._unprunable[pattern] = f"nothing was pruned: {error.message}"
+        return pattern in self._unprunable
 
-    def pruned(self) -> Pruned | None:
+    def pruned(self, pattern: str) -> Pruned | None:
         """What pruning did, None when nothing was pruned."""
-        if self._bench.plan.pruning is None or self.unprunable:
+        if pattern not in self._bench.plan.prunings or pattern in self._unprunable:
             return None
-        record: Pruned = read_json(self._prune().folder / "pruned.json", Pruned)
+        record: Pruned = read_json(self._prune(pattern).folder / "pruned.json", Pruned)
         return record
 
-    def recovery(self) -> list[RecoveryPoint]:
+    def recovery(self, pattern: str) -> list[RecoveryPoint]:
         """The recovery's curve, empty when there was none."""
-        entry = None if self.unprunable else self._recover()
-        return [] if entry is None else read_json(entry.folder / "recovery.json", list[RecoveryPoint])
+        if self.pruned(pattern) is None or not self._recovers:
+            return []
+        entry = self._recover(pattern)
+        curve: list[RecoveryPoint] = read_json(entry.folder / "recovery.json", list[RecoveryPoint])
+        return curve
 
-    def _prune(self) -> Entry:
-        bench, pruning = self._bench, self._bench.plan.pruning
+    def _load(self, pattern: str) -> "nn.Module":
+        if self._bench.foreign:
+            module: nn.Module = foreign.load_module(self.onnx_file(pattern), self._bench.specs)
+            return module
+        from deploy.pruning.delta import load_pruned
+
+        return load_pruned(self._bench.factory, self._finished(pattern).folder / MODULE)
+
+    @property
+    def _recovers(self) -> bool:
+        """Whether what was pruned is trained again: an ONNX model has nothing to train."""
+        table = self._bench.tables.recover
+        return table is not None and table.epochs > 0 and not self._bench.foreign
+
+    def _finished(self, pattern: str) -> Entry:
+        return self._recover(pattern) if self._recovers else self._prune(pattern)
+
+    def _prune(self, pattern: str) -> Entry:
+        bench = self._bench
+        pruning = bench.plan.prunings[pattern]
         ingredients = {
             "model": bench.model_key(),
             "pruning": msgspec.to_builtins(pruning),
             "calibration": bench.data_key("calibration"),
         }
-        return bench.stage("prune", ingredients, self._run_prune)
+        return bench.stage(f"prune {pattern}", ingredients, lambda folder: self._run_prune(pruning, folder))
 
-    def _run_prune(self, folder: Path) -> None:
+    def _run_prune(self, pruning: Pruning, folder: Path) -> None:
+        if pruning.pattern == "structured":
+            pruned = self._cut_channels(pruning, folder)
+        elif self._bench.foreign:
+            pruned = self._mask_foreign(pruning, folder)
+        else:
+            pruned = self._mask(pruning, folder)
+        write_json(folder / "pruned.json", pruned)
+
+    def _cut_channels(self, pruning: Pruning, folder: Path) -> Pruned:
         from deploy.pruning.delta import save_pruned
         from deploy.pruning.planned import prune_as_planned
         from exporters.capture import positional
 
-        bench, pruning = self._bench, self._bench.plan.pruning
-        assert pruning is not None
+        bench = self._bench
         if positional(bench.dense(), bench.specs) is not bench.dense():
             raise ModelError(
                 "channels cannot be traced: the inputs are not forward's first parameters",
@@ -116,28 +162,54 @@ class Variants:
         widths = [
             LayerWidths(layer=c.layer, kind=c.kind, before=c.before, after=c.after) for c in result.layers
         ]
-        write_json(folder / "pruned.json", Pruned(widths=widths, asked=_asked(result)))
+        return Pruned(widths=widths, asked=_asked(result))
 
-    def _recover(self) -> Entry | None:
-        bench, table = self._bench, self._bench.tables.recover
-        if table is None or bench.plan.pruning is None or table.epochs == 0:
-            return None
+    def _mask(self, pruning: Pruning, folder: Path) -> Pruned:
+        import copy
+
+        from deploy.pruning import masks
+        from deploy.pruning.delta import ArchitectureDelta, save_pruned
+
+        module = copy.deepcopy(self._bench.dense())
+        found = masks.magnitude_masks(
+            module, sparsity=pruning.sparsity, ranking=pruning.ranking, exclude=pruning.exclude
+        )
+        masks.apply_(module, found)
+        save_pruned(module, ArchitectureDelta(), folder / MODULE)
+        return _masked(found, pruning)
+
+    def _mask_foreign(self, pruning: Pruning, folder: Path) -> Pruned:
+        from deploy.pruning import onnx_masks
+
+        model = foreign.prepared(self.onnx_file(DENSE), self._bench.specs)
+        found = onnx_masks.magnitude_masks_(
+            model.graph, sparsity=pruning.sparsity, ranking=pruning.ranking, exclude=pruning.exclude
+        )
+        (folder / ONNX_MODULE).write_bytes(model.SerializeToString(deterministic=True))
+        return _masked(found, pruning)
+
+    def _recover(self, pattern: str) -> Entry:
+        bench = self._bench
         ingredients = {
-            "pruned": self._prune().folder.name,
+            "pruned": self._prune(pattern).folder.name,
             "training": bench.data_key("recover"),
-            "recover": msgspec.to_builtins(table),
+            "recover": msgspec.to_builtins(bench.tables.recover),
         }
-        return bench.stage("recover", ingredients, self._run_recover)
+        return bench.stage(
+            f"recover {pattern}", ingredients, lambda folder: self._run_recover(pattern, folder)
+        )
 
-    def _run_recover(self, folder: Path) -> None:
+    def _run_recover(self, pattern: str, folder: Path) -> None:
         from deploy.pruning.delta import load_pruned, read_delta, save_pruned
+        from deploy.pruning.masks import held
         from deploy.recovery.finetune import TrainingData, recover
         from exporters.capture import order_inputs
 
         bench, table, training = self._bench, self._bench.tables.recover, self._bench.data.training
         assert table is not None
         assert training is not None
-        start = self._prune().folder
+        start, record = self._prune(pattern).folder, self.pruned(pattern)
+        assert record is not None
         student = load_pruned(bench.factory, start / MODULE)
         batch = training.batch(0, len(training))
         ordered, _ = order_inputs(student, bench.specs)
@@ -153,27 +225,39 @@ class Variants:
             seed=bench.seed,
             checkpoint=checkpoint,
             on_progress=lambda p: bench.announce(f"recover: epoch {p.epoch}, {p.seconds_left:.0f} s left"),
+            masks=held(student, [layer.layer for layer in record.masks]),
         )
         save_pruned(result.module, read_delta(start / MODULE), folder / MODULE)
         curve = [RecoveryPoint(epoch=epoch, loss=loss, score=score) for epoch, loss, score in result.history]
         write_json(folder / "recovery.json", curve)
         checkpoint.unlink(missing_ok=True)
 
-    def _count(self, pruned: bool, folder: Path) -> None:
+    def _count(self, pattern: str, folder: Path) -> None:
         if self._bench.foreign:
-            file = self._bench.plan.project.path(self._bench.tables.model.source)
-            parameters, macs = foreign.cost(foreign.read(file), self._bench.specs)
+            parameters, macs = foreign.cost(foreign.read(self.onnx_file(pattern)), self._bench.specs)
             write_json(folder / "cost.json", Cost(parameters=parameters, macs=macs))
             return
         from deploy.pruning.cost import count_cost
         from exporters.capture import check_forward, example, order_inputs, positional
 
-        module, specs = self.module(pruned), self._bench.specs
+        module, specs = self.module(pattern), self._bench.specs
         check_forward(module, specs)
         ordered, _ = order_inputs(module, specs)
         smallest = {name: low for spec in specs for name, (low, _) in spec.bounds.items()}
         cost = count_cost(positional(module, specs), tuple(example(spec, **smallest) for spec in ordered))
         write_json(folder / "cost.json", Cost(parameters=cost.parameters, macs=cost.macs))
+
+
+def _masked(found: "Sequence[LayerMask]", pruning: Pruning) -> Pruned:
+    layers = [LayerWeights(layer=m.layer, kind=m.kind, weights=m.weights, zeros=m.zeros) for m in found]
+    pruned = Pruned(masks=layers, asked=[])
+    achieved = Asked(
+        quantity="weights",
+        asked=pruning.sparsity,
+        achieved=round(pruned.zero_share, 4),
+        note="of the layers that masks may thin: all but the first, the last, depthwise and excluded ones",
+    )
+    return msgspec.structs.replace(pruned, asked=[achieved])
 
 
 def _asked(result: "ChannelPruning") -> list[Asked]:

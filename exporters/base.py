@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from exporters.isolated.environment import ENVIRONMENTS
 from targets.errors import MissingRequirementError
 
 if TYPE_CHECKING:
@@ -148,7 +149,9 @@ class Entry:
     """A row of the table: where the exporter is, the form it starts from, what it needs and offers.
 
     `packages` is what a build takes, `runs_on` what running an artifact takes; `int8` holds the variants of
-    static int8 it can make, each with the packages that this takes.
+    static int8 it can make, each with the packages that this takes. An isolated runtime runs in an
+    environment of its own (exporters/isolated); `dense_twin` is the function that fills an artifact's masked
+    weights, to time its zeros against.
     """
 
     attribute: str
@@ -159,11 +162,18 @@ class Entry:
     int8: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
     dynamic_int8: bool = False
     weight_int4: bool = False
+    isolated: bool = False
+    dense_twin: str = ""
+
+    @property
+    def competes(self) -> bool:
+        """Whether an artifact runs without torch: what needs it stands aside where others do not."""
+        return "torch" not in self.runs_on
 
     @property
     def serves(self) -> bool:
-        """Whether an artifact runs without torch, so that a server's package need not hold it."""
-        return "torch" not in self.runs_on
+        """Whether a server may open an artifact in its own process, and a package hold all that it takes."""
+        return self.competes and not self.isolated
 
 
 TORCH = ("torch", "torchao", "safetensors", "torch_pruning")
@@ -194,6 +204,15 @@ EXPORTERS: dict[str, Entry] = {
         runs_on=("openvino",),
         int8={"": (), "qdq": ("onnxruntime",)},
     ),
+    "deepsparse": Entry(
+        attribute="exporters.deepsparse:DeepSparseExporter",
+        accepts=Form.ONNX,
+        extra="onnx",
+        packages=(*TORCH, "onnx", "onnxscript", "onnxruntime"),
+        runs_on=(),
+        isolated=True,
+        dense_twin="exporters.deepsparse:dense_twin",
+    ),
 }
 
 
@@ -205,6 +224,14 @@ def int8_variants(runtime: str) -> tuple[str, ...]:
 def missing_packages(runtime: str) -> tuple[str, ...]:
     """The packages this environment lacks for a runtime, without importing any."""
     return _absent(EXPORTERS[runtime].packages)
+
+
+def at_hand(runtime: str) -> bool:
+    """Whether this version and machine can build for a runtime."""
+    entry = EXPORTERS.get(runtime)
+    if entry is None or missing_packages(runtime):
+        return False
+    return not entry.isolated or ENVIRONMENTS[runtime].possible
 
 
 def _absent(packages: Sequence[str]) -> tuple[str, ...]:
@@ -249,7 +276,19 @@ def _require(runtime: str, lacking: Sequence[str], part: str) -> None:
         )
 
 
+def dense_twin(runtime: str, file: Path, twin: Path) -> bool:
+    """Writes an artifact with its masked weights filled, where the runtime's exporter can: whether it did."""
+    place = EXPORTERS[runtime].dense_twin
+    if place:
+        _attribute(place)(file, twin)
+    return bool(place)
+
+
 def _imported(runtime: str) -> Exporter:
-    module, _, attribute = EXPORTERS[runtime].attribute.partition(":")
-    exporter: Exporter = getattr(importlib.import_module(module), attribute)()
+    exporter: Exporter = _attribute(EXPORTERS[runtime].attribute)()
     return exporter
+
+
+def _attribute(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)

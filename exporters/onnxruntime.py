@@ -90,20 +90,12 @@ def quantize_static(
     with quiet():
         from onnxruntime import quantization as ort
 
-    class Reader(ort.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._batches = iter(calibration)
-
-        def get_next(self) -> Mapping[str, Any] | None:
-            batch = next(self._batches, None)
-            return None if batch is None else {spec.name: batch[spec.name] for spec in source.inputs}
-
     activations = ort.QuantType.QInt8 if quantization.signed_activations else ort.QuantType.QUInt8
     with _translated(f"int8 ({quantization.observer})"):
         ort.quantize_static(
             source.file,
             file,
-            Reader(),
+            _reader(source, calibration),
             quant_format=ort.QuantFormat.QDQ,
             per_channel=True,
             reduce_range=quantization.reduce_range,
@@ -112,6 +104,50 @@ def quantize_static(
             nodes_to_exclude=source.nodes_in(quantization.keep_float),
             calibrate_method=ort.CalibrationMethod[CALIBRATORS[quantization.observer]],
         )
+
+
+def quantize_operators(
+    plain: Path,
+    source: OnnxModel,
+    calibration: Sequence[Arrays],
+    quantization: Quantization,
+    excluded: Sequence[str],
+    file: Path,
+) -> None:
+    """Writes convolutions as per-tensor QLinearConv into a copy of `plain`, the source rewritten."""
+    with quiet():
+        from onnxruntime import quantization as ort
+
+    with _translated(f"int8 ({quantization.observer})"):
+        ort.quantize_static(
+            plain,
+            file,
+            _reader(source, calibration),
+            quant_format=ort.QuantFormat.QOperator,
+            per_channel=False,
+            reduce_range=quantization.reduce_range,
+            activation_type=ort.QuantType.QUInt8,
+            weight_type=ort.QuantType.QInt8,
+            op_types_to_quantize=["Conv"],
+            nodes_to_exclude=list(excluded),
+            calibrate_method=ort.CalibrationMethod[CALIBRATORS[quantization.observer]],
+        )
+
+
+def _reader(source: OnnxModel, calibration: Sequence[Arrays]) -> Any:
+    """The calibration batches as ONNX Runtime's quantizer asks for them."""
+    with quiet():
+        from onnxruntime import quantization as ort
+
+    class Reader(ort.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._batches = iter(calibration)
+
+        def get_next(self) -> Mapping[str, Any] | None:
+            batch = next(self._batches, None)
+            return None if batch is None else {spec.name: batch[spec.name] for spec in source.inputs}
+
+    return Reader()
 
 
 def quantize_dynamic(source: OnnxModel, quantization: Quantization, file: Path) -> None:

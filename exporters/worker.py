@@ -55,6 +55,11 @@ class Worker:
         """The runtime's threads from now on."""
         self._loaded.set_threads(threads)
 
+    def supported_fraction(self) -> float:
+        """The share of the graph that the runtime's own kernels take, where its session tells it."""
+        fraction: float = self._loaded.supported_fraction()  # type: ignore[attr-defined]
+        return fraction
+
     def peak_bytes(self) -> int:
         """How much the process's peak memory grew since the artifact began to load."""
         return max(_peak_bytes() - self._base_bytes, 0)

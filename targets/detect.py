@@ -195,6 +195,7 @@ def _cpu_runtimes(
     """The runtimes of a general CPU in order of preference, and the sources of their multiples."""
     bfloat16: tuple[Precision, ...] = ("bfloat16",) if {"avx512_bf16", "amx_bf16"} & {*features} else ()
     wide = architecture == "x86_64"
+    sparse = ("deepsparse",) if wide and "avx2" in features else ()
     runtimes = (
         RuntimeSupport(
             name="openvino",
@@ -210,6 +211,10 @@ def _cpu_runtimes(
         ),
         RuntimeSupport(
             name="executorch", channel_multiple=8, precisions=("float32", "float16", "int8"), threads=threads
+        ),
+        *(
+            RuntimeSupport(name=name, precisions=("float32", "int8"), threads=threads, licence=name)
+            for name in sparse
         ),
     )
     note = "" if wide else "Measured on x86 only; two 128-bit vectors of float32 taken as the step on Arm."

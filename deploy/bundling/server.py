@@ -13,9 +13,9 @@ from deploy.bundling.material import licences, sbom
 from deploy.bundling.modelserver import ovms_files, triton_files
 from deploy.bundling.requirements import Package, locked, requirements_txt
 from deploy.bundling.writing import Content
-from deploy.cache import default_root
 from deploy.manifest import Manifest, read
 from exporters.base import EXPORTERS
+from exporters.cache_root import cache_root
 from targets.errors import MissingRequirementError
 
 Announce = Callable[[str], None]
@@ -44,7 +44,7 @@ def server_bundle(build: Path, announce: Announce = lambda text: None) -> dict[s
             fix=f"deploy build --target host --runtime {serving.partition(', ')[0]}, then bundle that",
         )
     announce("asking the package index for hashes")
-    packages = locked([*SERVING, *entry.runs_on], default_root())
+    packages = locked([*SERVING, *entry.runs_on], cache_root())
     files = _model_files(build, manifest)
     files |= _runner_files(manifest.runtime)
     files |= _written(manifest, packages)

@@ -93,6 +93,7 @@ def _locked(plan: "Plan", build_options: Any) -> "Plan":
         plan.target,
         runtimes=lock["runtimes"],
         objective=lock["objective"],
+        accepted_licences=lock.get("licences", []),
         ladder=lock["ladder"],
     )
 

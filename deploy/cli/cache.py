@@ -98,9 +98,10 @@ def prune(everything: bool, older_than: float | None, as_json: bool) -> None:
 
 
 def _cache() -> "Cache":
-    from deploy.cache import Cache, default_root
+    from deploy.cache import Cache
+    from exporters.cache_root import cache_root
 
-    return Cache(default_root())
+    return Cache(cache_root())
 
 
 def _print_freed(freed: "Freed") -> None:

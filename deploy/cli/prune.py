@@ -261,7 +261,7 @@ def _run(job: _Job, out: Path | None, *, force: bool, seed: int, say: Any) -> "P
     return prune(
         module,
         tuple(torch.from_numpy(batch[spec.name]) for spec in ordered),
-        sparsity=DEFAULT_SPARSITY if settings.sparsity is None else settings.sparsity,
+        sparsity=DEFAULT_SPARSITY["structured"] if settings.sparsity is None else settings.sparsity,
         of=settings.of,
         method=settings.method,
         criterion=settings.criterion,  # type: ignore[arg-type]

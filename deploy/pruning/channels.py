@@ -1,6 +1,5 @@
 """Structured pruning of whole channels: the smaller network is an ordinary dense one."""
 
-import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,6 +13,7 @@ from deploy.pruning.cost import Cost, count_cost
 from deploy.pruning.delta import ArchitectureDelta, apply_delta, copy_module
 from deploy.pruning.forward import ForwardError, forward_outputs
 from deploy.pruning.graph import Cell, find_channels
+from deploy.pruning.naming import matching
 from deploy.pruning.planning import Request, plan_removal
 from deploy.pruning.selection import TOLERANCE, Selection
 from targets.errors import ModelError, UsageError, nearest
@@ -93,7 +93,7 @@ def prune_channels(
     with torch.inference_mode(False), torch.enable_grad():
         inputs = tuple(tensor.detach().clone() for tensor in example_inputs)
         work, work_inputs = _working_copy(module, inputs)
-        channels = find_channels(work, work_inputs, excluded=_matching(module, exclude))
+        channels = find_channels(work, work_inputs, excluded=matching(module, exclude))
         cells, unscored = _scored(module, channels.cells, request, loss)
         spared = {**channels.spared, **unscored}
         delta, selection, refuted = plan_removal(work, work_inputs, cells, request, spared)
@@ -177,25 +177,6 @@ def _run_once(pruned: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             expected="a forward pass in the module's own dtype and on its device",
             fix="pass example inputs of that dtype and device",
         ) from error.cause
-
-
-def _matching(module: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Paths of layers that a pattern names, by themselves or by a module that holds them."""
-    paths = [path for path, _ in module.named_modules() if path]
-    chosen: dict[str, None] = {}
-    for pattern in patterns:
-        named = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
-        if not named:
-            raise UsageError(
-                "an exclude pattern matches no module",
-                found=pattern,
-                expected=f"a module's path, like {', '.join(nearest(pattern, paths))}",
-                fix="correct the pattern, or remove it",
-            )
-        chosen.update(
-            (path, None) for path in paths if any(path == one or path.startswith(f"{one}.") for one in named)
-        )
-    return tuple(chosen)
 
 
 def _scored(

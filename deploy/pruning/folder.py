@@ -23,7 +23,7 @@ from deploy.cache import file_digest
 from deploy.disk import disk_error
 from deploy.environment import environment
 from deploy.manifest import Environment, File, LayerWidths, Value, encode
-from deploy.planner import METHODS as METHOD_NAMES
+from deploy.planner import METHODS as METHODS_BY_PATTERN
 from deploy.pruning import METHODS, standalone
 from deploy.pruning.channels import ChannelPruning, Criterion, Loss
 from deploy.pruning.checkpoint import prune_checkpoint
@@ -40,6 +40,8 @@ ROLES = {WEIGHTS: "weights", CHECKPOINT: "checkpoint", LOADER: "loader"}
 OWN_NAMES = {*ROLES, RECORD, "__pycache__"}  # Python leaves the last where load.py was imported
 PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before names
 DEEPEST = 4  # how far inside a checkpoint optimizers and averages are looked for
+
+METHOD_NAMES = METHODS_BY_PATTERN["structured"]
 
 
 class Spared(Value, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from deploy.disk import disk_error
 from deploy.environment import this_machine
 from deploy.manifest import Latency, Measurement, encode, read
 from deploy.validation.latency import time_interleaved
-from deploy.validation.remote import RemoteSession
+from exporters.remote import RemoteSession
 from targets.errors import DeviceError
 
 HOST = "host"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from calibration.dataset import Dataset
-from deploy.validation.remote import RemoteSession
+from exporters.remote import RemoteSession
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 7

@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 
 from calibration import compare
 from calibration.dataset import Dataset
-from deploy.validation.remote import RemoteSession
 from exporters.base import Delegated, Quantization, find_exporter
 from exporters.capture import Captured, call_module, capture, flatten_outputs, trace
 from exporters.quiet import quiet
+from exporters.remote import RemoteSession
 from targets.errors import DeployError, first_line
 
 Array = np.ndarray[Any, Any]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from calibration.compare import median_interval
-from deploy.validation.remote import RemoteSession
+from exporters.remote import RemoteSession
 
 ROUNDS = 31
 MOST_ROUNDS = 93
@@ -49,6 +49,13 @@ def time_interleaved(sessions: Mapping[str, RemoteSession], *, rounds: int = ROU
             break
         race.run(finalists, until=until)
     return {name: summarise(bursts) for name, bursts in race.bursts.items()}
+
+
+def time_rounds(sessions: Mapping[str, RemoteSession], rounds: int) -> dict[str, list[list[int]]]:
+    """The bursts of prepared sessions, nanoseconds of each call, taken in turn for so many rounds."""
+    race = _Race(sessions)
+    race.run(list(sessions), until=rounds)
+    return race.bursts
 
 
 class _Race:

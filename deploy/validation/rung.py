@@ -18,9 +18,9 @@ from deploy.manifest import Parity
 from deploy.project import EvaluateTable
 from deploy.validation import metrics
 from deploy.validation.metrics import CUSTOM, Drop
-from deploy.validation.remote import RemoteSession
 from deploy.validation.result import Validated
 from exporters.capture import call_module, flatten_outputs, user_line
+from exporters.remote import RemoteSession
 from targets.errors import ModelError, UsageError, WrongOutputsError, first_line
 
 Array = np.ndarray[Any, Any]

@@ -6,7 +6,7 @@ import numpy as np
 from calibration.compare import snr_db
 from calibration.dataset import Dataset
 from deploy.validation.batches import sizes_of, time_sizes
-from deploy.validation.remote import RemoteSession
+from exporters.remote import RemoteSession
 
 ROWS = 8
 INDEPENDENT_DB = 100.0

@@ -9,7 +9,7 @@ import numpy as np
 from calibration.compare import median_interval
 from calibration.dataset import Dataset
 from deploy.validation.batches import sizes_of, time_sizes
-from deploy.validation.remote import RemoteSession
+from exporters.remote import RemoteSession
 
 CLOSE = 0.97
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from calibration.compare import snr_db
 from calibration.spec import TensorSpec
-from deploy.validation.remote import RemoteSession
 from exporters.base import EXPORTERS, Artifact, Form, Quantization, find_exporter, int8_variants
 from exporters.capture import Captured, capture
 from exporters.onnx import OnnxModel, to_onnx
+from exporters.remote import RemoteSession
 from targets.errors import IntegrityError, ModelError
 
 LEAST_DB = {"float32": 80, "float16": 45, "bfloat16": 30, "int8": 15, "int8-dynamic": 15, "int4": 10}

@@ -19,8 +19,8 @@ from deploy.building import Build, BuildOptions, run_build
 from deploy.cache import Cache
 from deploy.planner import make_plan
 from deploy.project import load
-from deploy.validation.remote import RemoteSession
 from exporters.executorch import ExecuTorchExporter, module_path
+from exporters.remote import RemoteSession
 from targets import catalog
 from targets.errors import WrongOutputsError
 
@@ -152,7 +152,7 @@ def _break_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, broken: str) ->
     script = folder / "worker.py"
     script.write_text(WORKER.format(python=sys.executable, broken=broken))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr("deploy.validation.remote.sys", SimpleNamespace(executable=str(script)))
+    monkeypatch.setattr("exporters.remote.sys", SimpleNamespace(executable=str(script)))
 
 
 def test_a_fold_that_changes_one_convolution_is_caught_by_name(

@@ -86,7 +86,7 @@ def test_files_are_named_by_their_content_and_hold_what_the_manifest_says(
 
 def test_the_golden_pair_is_what_the_program_answers(built: Path, manifest: dict) -> None:
     from deploy.project import load
-    from deploy.validation.remote import RemoteSession
+    from exporters.remote import RemoteSession
 
     specs = load(ROOT / "examples" / "digits").specs()
     program = next(built / file["path"] for file in manifest["files"] if file["role"] == "program")

@@ -12,10 +12,10 @@ from torch._higher_order_ops.scan import scan
 
 from calibration.compare import snr_db
 from calibration.spec import TensorSpec
-from deploy.validation.remote import RemoteSession
 from exporters.base import Quantization
 from exporters.capture import capture
 from exporters.executorch import ExecuTorchExporter
+from exporters.remote import RemoteSession
 from targets.errors import ModelError
 
 PICTURE = TensorSpec(name="x", shape=("batch", 1, 8, 8), bounds={"batch": (1, 16)})

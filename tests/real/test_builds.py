@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from calibration.compare import snr_db
 from calibration.spec import TensorSpec
-from deploy.validation.remote import RemoteSession
+from exporters.remote import RemoteSession
 
 HERE = Path(__file__).parent
 TRAINED = ["resnet20", "resnet56", "resnet8", "ds_cnn"]

@@ -117,7 +117,7 @@ def test_nothing_opens_a_connection() -> None:
     network = {"urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "socketserver", "ssl"}
     assert [n for file in modules() for n in imported(file) if n.partition(".")[0] in network] == []
     sockets = [name_of(file) for file in modules() if "socket" in imported(file)]
-    assert sockets == ["deploy.serving.server", "deploy.validation.remote"], "one listens, one is a pair"
+    assert sockets == ["deploy.serving.server", "exporters.remote"], "one listens, one is a pair"
 
 
 def test_targets_know_no_torch() -> None:

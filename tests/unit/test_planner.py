@@ -78,7 +78,7 @@ def test_useless_sparsity_is_refused_and_objective_size_allows_it() -> None:
 def test_a_runtime_that_this_machine_lacks_gives_way_and_the_plan_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("deploy.planner.missing_packages", lambda name: ("it",) if name == "openvino" else ())
+    monkeypatch.setattr("deploy.planner.at_hand", lambda name: ("it",) if name == "openvino" else ())
     plan = planned("host")
     assert plan.runtime.name == "onnxruntime"
     assert plan.fallback is not None

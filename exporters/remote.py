@@ -1,10 +1,9 @@
-"""An artifact in a process of its own: this side of exporters/worker.py."""
+"""An artifact in a process of its own: this side of worker.py."""
 
 import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -15,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from calibration.spec import TensorSpec
+from exporters.isolated.environment import command
 from targets.errors import DeployError, IntegrityError, ModelError, WrongOutputsError
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -44,7 +44,7 @@ class RemoteSession:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "exporters.worker", str(theirs.fileno())],
+                [*command(runtime, "exporters.worker"), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
@@ -84,6 +84,11 @@ class RemoteSession:
     def set_threads(self, threads: int) -> None:
         """The runtime's threads from now on."""
         self._ask("set_threads", threads)
+
+    def supported_fraction(self) -> float:
+        """The share of the graph that the runtime's own kernels take; DeepSparse alone tells it."""
+        fraction: float = self._ask("supported_fraction")
+        return fraction
 
     def peak_bytes(self) -> int:
         """What loading and running the artifact added to the process's peak memory."""

@@ -1,0 +1,33 @@
+"""Whether zeros are skipped: a graph timed with its masked weights and with dense ones, in turn."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from calibration.compare import median_interval
+from deploy.manifest import SparseExecution
+from deploy.validation.latency import time_rounds
+from exporters.remote import RemoteSession
+
+ROUNDS = 15
+
+
+def time_zeros(
+    sparse: RemoteSession, dense: RemoteSession, inputs: Mapping[str, np.ndarray[Any, Any]]
+) -> SparseExecution:
+    """The ratio of the dense twin's time to the sparse graph's, round by round, on these inputs."""
+    sessions = {"sparse": sparse, "dense": dense}
+    for session in sessions.values():
+        session.prepare(inputs)
+    medians = {
+        name: np.array([np.median(burst) for burst in bursts])
+        for name, bursts in time_rounds(sessions, ROUNDS).items()
+    }
+    ratios = medians["dense"] / medians["sparse"]
+    low, high = median_interval(ratios)
+    return SparseExecution(
+        speedup=float(np.median(ratios)),
+        ci95=[float(low), float(high)],
+        batch=len(next(iter(inputs.values()))),
+    )
