@@ -19,7 +19,7 @@ import numpy as np
 
 from calibration.spec import TensorSpec
 from exporters.arrays import Arrays, checked, refusal
-from exporters.base import Artifact, Delegated, Quantization
+from exporters.base import Artifact, Delegated, Operator, Quantization
 from exporters.onnx import OnnxModel
 from targets.errors import IntegrityError, MissingRequirementError, ModelError, first_line
 
@@ -233,7 +233,14 @@ def _delegated(file: Path, inputs: Sequence[TensorSpec]) -> Delegated:
             fix="leave deepsparse out",
         )
     operators = len(graph.node)
-    return Delegated(delegate="deepsparse", operators=operators, delegated=round(fraction * operators))
+    taken = round(fraction * operators)
+    rest = Operator(
+        operator=f"{operators - taken} of {operators} operators",
+        module="",
+        why=f"fraction_of_supported_ops is {fraction:.2f}; the engine does not say which are left out",
+    )
+    left = (rest,) if taken < operators else ()
+    return Delegated(delegate="deepsparse", operators=operators, delegated=taken, left=left)
 
 
 class DeepSparseSession:

@@ -14,7 +14,7 @@ from deploy.bundling.modelserver import ovms_files, triton_files
 from deploy.bundling.requirements import Package, locked, requirements_txt
 from deploy.bundling.writing import Content
 from deploy.manifest import Manifest, read
-from exporters.base import EXPORTERS
+from exporters.base import EXPORTERS, Entry
 from exporters.cache_root import cache_root
 from targets.errors import MissingRequirementError
 
@@ -39,7 +39,7 @@ def server_bundle(build: Path, announce: Announce = lambda text: None) -> dict[s
         serving = ", ".join(name for name, each in EXPORTERS.items() if each.serves)
         raise MissingRequirementError(
             f"{manifest.model} for {manifest.target} cannot be bundled for a server",
-            found=f"the runtime {manifest.runtime}, which needs torch in Python",
+            found=f"the runtime {manifest.runtime}, which {_why_not(entry)}",
             expected=f"a build for one of {serving}",
             fix=f"deploy build --target host --runtime {serving.partition(', ')[0]}, then bundle that",
         )
@@ -53,6 +53,12 @@ def server_bundle(build: Path, announce: Announce = lambda text: None) -> dict[s
     files |= {f"triton/{name}": content for name, content in triton_files(build, manifest).items()}
     files |= {f"ovms/{name}": content for name, content in ovms_files(build, manifest).items()}
     return files
+
+
+def _why_not(entry: Entry | None) -> str:
+    if entry is None:
+        return "this version does not know"
+    return "runs apart, under a licence that is not for production" if entry.isolated else "needs torch"
 
 
 def _model_files(build: Path, manifest: Manifest) -> dict[str, Content]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from deploy.manifest import LayerSensitivity, LayerWidths, RecoveryPoint, Report, Rung, Stage
+from deploy.manifest import LayerSensitivity, LayerWeights, LayerWidths, RecoveryPoint, Report, Rung, Stage
 from deploy.reporting import units
 from deploy.reporting.claims import outcome
 from deploy.reporting.evidence import (
@@ -276,15 +276,29 @@ def _change(row: int, name: str, before: float, after: float, x: Axis) -> list[M
 
 def widths(layers: Sequence[LayerWidths]) -> Markup:
     """Output channels of each layer: what was (outline) and what is left (filled)."""
+    return _thinned("Channels before and after pruning", layers)
+
+
+def zeros(layers: Sequence[LayerWeights]) -> Markup:
+    """Weights of each layer: all of them (outline) and those that are not zero (filled)."""
+    left = [
+        LayerWidths(layer=each.layer, kind=each.kind, before=each.weights, after=each.weights - each.zeros)
+        for each in layers
+    ]
+    return _thinned("Weights that are not zero", left)
+
+
+def _thinned(title: str, layers: Sequence[LayerWidths]) -> Markup:
     shown = _most(layers, lambda layer: layer.before - layer.after)
     x = axis([layer.before for layer in shown], _BAR_LEFT, _BAR_RIGHT, zero=True)
     body = []
     for row, layer in enumerate(shown):
-        body += _bar(row, layer.layer, 0, layer.before, x, f"{layer.before} → {layer.after}", "bar hollow")
+        text = f"{units.count(layer.before)} → {units.count(layer.after)}"
+        body += _bar(row, layer.layer, 0, layer.before, x, text, "bar hollow")
         kind = "bar" if layer.before == layer.after else "bar strong"
         body += [_rect(x.at(0), row * _ROW + 5, x.at(layer.after), 12, kind)]
     words = ", ".join(f"{layer.layer} {layer.before} to {layer.after}" for layer in shown)
-    return picture("Channels before and after pruning", words, len(shown) * _ROW + 4, body)
+    return picture(title, words, len(shown) * _ROW + 4, body)
 
 
 def sensitivity(layers: Sequence[LayerSensitivity]) -> Markup:

@@ -239,15 +239,25 @@ def _rung_row(report: Report, rung: Rung, number: int, shared: tuple[str, ...]) 
         _accuracy_cell(rung.accuracy, shared),
         _drop_cell(rung.accuracy),
         _parity_cell(rung),
-        _latency_cell(rung.latency, shared),
+        join(_latency_cell(rung.latency, shared), _small(_zeros(rung))),
         _delegation_cell(rung),
         join(_pill(word, word.replace(" ", "-")), _small(why)),
     )
 
 
 def _form(rung: Rung) -> str:
-    pruned = f", {rung.sparsity:.0%} removed" if rung.sparsity else ""
+    word = "removed" if rung.pattern == "structured" else "zero"
+    pruned = f", {rung.sparsity:.0%} {word}" if rung.sparsity else ""
     return f"{rung.pattern}, {rung.precision}{pruned}"
+
+
+def _zeros(rung: Rung) -> str:
+    """What the zeros brought, against the same graph with dense weights."""
+    zeros = rung.sparse_execution
+    if zeros is None:
+        return ""
+    low, high = zeros.ci95
+    return f"its zeros bring {_whole(f'{zeros.speedup:.2f}× [{low:.2f}, {high:.2f}]')} over dense weights"
 
 
 def _counts(rung: Rung) -> str:
@@ -342,19 +352,28 @@ def _pruning(report: Report) -> Markup | None:
         for a in report.pruning
     ]
     rows = [(w.layer, w.kind, str(w.before), str(w.after)) for w in report.widths]
+    masks = [(m.layer, m.kind, str(m.weights), f"{m.zeros / m.weights:.1%}") for m in report.masks]
     return _section(
         "Pruning",
         _table("Asked and achieved.", ("Quantity", "Asked", "Achieved", "Note"), asked, numeric=(1, 2)),
         el("figure", charts.widths(report.widths), _caption(len(report.widths))) if report.widths else None,
+        el("figure", charts.zeros(report.masks), _zeros_caption(len(report.masks))) if report.masks else None,
         _folded("Widths of all layers", ("Layer", "Kind", "Before", "After"), rows, numeric=(2, 3)),
+        _folded("Zeros of all layers", ("Layer", "Kind", "Weights", "Zeros"), masks, numeric=(2, 3)),
     )
 
 
 def _caption(layers: int) -> Markup:
-    extra = (
-        f" The {charts.BARS_SHOWN} layers that lost most of {layers}." if layers > charts.BARS_SHOWN else ""
-    )
-    return el("figcaption", f"Output channels: outline before, filled after.{extra}")
+    return el("figcaption", f"Output channels: outline before, filled after.{_of_layers(layers)}")
+
+
+def _zeros_caption(layers: int) -> Markup:
+    return el("figcaption", f"Weights: outline all, filled those that are not zero.{_of_layers(layers)}")
+
+
+def _of_layers(layers: int) -> str:
+    shown = charts.BARS_SHOWN
+    return f" The {shown} layers that lost most of {layers}." if layers > shown else ""
 
 
 def _sensitivity(report: Report) -> Markup | None:

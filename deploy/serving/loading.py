@@ -10,7 +10,8 @@ from calibration.spec import TensorSpec
 from deploy.builds import check_files, golden_pair, require_golden, specs_of
 from deploy.cache import file_digest
 from deploy.manifest import Manifest, read
-from exporters.base import Session, find_runtime
+from exporters.base import EXPORTERS, Session, find_runtime
+from targets.errors import MissingRequirementError
 
 Array = np.ndarray[Any, Any]
 
@@ -53,6 +54,7 @@ def load(folder: Path, *, threads: int | None = None) -> Loaded:
     program = check_files(folder, manifest)
     specs = specs_of(manifest)
     outputs = tuple(output.name for output in manifest.outputs)
+    _require_servable(folder, manifest)
     session = find_runtime(manifest.runtime).open(
         program,
         inputs=specs,
@@ -73,6 +75,19 @@ def load(folder: Path, *, threads: int | None = None) -> Loaded:
         golden=inputs,
         stamp=stamp,
     )
+
+
+def _require_servable(folder: Path, manifest: Manifest) -> None:
+    """Raises MissingRequirementError for a runtime that lives in an environment of its own."""
+    entry = EXPORTERS.get(manifest.runtime)
+    if entry is not None and entry.isolated:
+        raise MissingRequirementError(
+            f"{folder} cannot be served",
+            found=f"the runtime {manifest.runtime}, which runs apart and whose licence is not for production",
+            expected="a build for one of "
+            + ", ".join(name for name, each in EXPORTERS.items() if each.serves),
+            fix="deploy build without --accept-license ships the fastest of these",
+        )
 
 
 def stamp_of(folder: Path) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def time_interleaved(sessions: Mapping[str, RemoteSession], *, rounds: int = ROU
     be the fastest by their intervals go on to `rounds`, and the last few until their intervals part or
     three times as many are done. For calls of seconds fewer rounds, never below 7.
     """
-    race = _Race(sessions)
+    race = Race(sessions)
     race.run(list(sessions), until=max(MIN_ROUNDS, *(race.rounds_for(LEAST_SAMPLES, n) for n in sessions)))
     for until in range(rounds, max(rounds, MOST_ROUNDS) + 1, rounds):
         finalists = race.finalists()
@@ -51,14 +51,7 @@ def time_interleaved(sessions: Mapping[str, RemoteSession], *, rounds: int = ROU
     return {name: summarise(bursts) for name, bursts in race.bursts.items()}
 
 
-def time_rounds(sessions: Mapping[str, RemoteSession], rounds: int) -> dict[str, list[list[int]]]:
-    """The bursts of prepared sessions, nanoseconds of each call, taken in turn for so many rounds."""
-    race = _Race(sessions)
-    race.run(list(sessions), until=rounds)
-    return race.bursts
-
-
-class _Race:
+class Race:
     """Sessions, their bursts so far, and the time that is left."""
 
     def __init__(self, sessions: Mapping[str, RemoteSession]) -> None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from exporters.cache_root import cache_root
@@ -127,9 +128,11 @@ def _install(name: str, made: Path, listed: Path) -> None:
     """By uv where it is there, which takes a tenth of the time; else, and where uv fails, by venv and pip."""
     python = str(made / "bin" / "python")
     wanted = ["--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", str(listed)]
+    own_pip = find_spec("pip") is None  # installing one takes longer than all the rest
+    pip = [python, "-m", "pip"] if own_pip else [sys.executable, "-m", "pip", "--python", python]
     by_pip = [
-        [sys.executable, "-m", "venv", "--clear", str(made)],
-        [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *wanted],
+        [sys.executable, "-m", "venv", *([] if own_pip else ["--without-pip"]), str(made)],
+        [*pip, "install", "-q", "--disable-pip-version-check", *wanted],
     ]
     if uv := shutil.which("uv"):
         by_uv = [
