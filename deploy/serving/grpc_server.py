@@ -26,6 +26,8 @@ OPEN = ("ServerLive", "ServerReady")
 STREAMS = 1000
 """Calls at once on one connection; further ones wait at the caller."""
 KEEP_ALIVE_MS = 60_000
+ARRIVED_S, REFUSING_S = 0.2, 0.3
+"""How long a server that goes down still answers, then refuses."""
 GONE = 499
 CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -62,6 +64,7 @@ class GrpcServer:
         self._largest = options.largest_body
         self._listening = listening
         self._server: Any = None
+        self._closing = False
 
     async def start(self) -> None:
         """Listens. Raises MissingRequirementError where the address cannot be had."""
@@ -77,7 +80,13 @@ class GrpcServer:
         log.info("listening on %s://%s", scheme, _address(self._listening.host, port))
 
     async def stop(self, seconds: float) -> None:
-        """Takes no more calls and answers those that have arrived, for at most so long."""
+        """Answers what has arrived, refuses what comes later, then ends; waits at most so long for answers.
+
+        grpc cancels the calls that it has not handed over yet when it is stopped, so that comes last.
+        """
+        await asyncio.sleep(ARRIVED_S)
+        self._closing = True
+        await asyncio.sleep(REFUSING_S)
         await self._server.stop(seconds)
 
     def _guarded(self, name: str, answer: Answer) -> Call:
@@ -94,6 +103,8 @@ class GrpcServer:
             context.set_trailing_metadata((("x-request-id", identity),))
             request, status = None, 200
             try:
+                if self._closing:
+                    raise RequestError(503, "", "the server goes down")
                 if name not in OPEN:
                     self._gate.admit(given.get("authorization", "").encode())
                 request = decoded(f"{name}Request", data)
@@ -165,7 +176,7 @@ class _Methods:
         return _packed("RepositoryIndexResponse", models=metadata.of_models(self._service))
 
 
-def _packed(name: str, **fields: Any) -> bytes:
+def _packed(name: str, /, **fields: Any) -> bytes:
     return bytes(message(name)(**fields).SerializeToString())
 
 
