@@ -77,7 +77,9 @@ def _config(manifest: Manifest, backend: str) -> str:
 def _tensor(entry: Input | Output, batched: bool) -> str:
     shape = entry.shape[1:] if batched else entry.shape
     sizes = ", ".join(str(size) if isinstance(size, int) else "-1" for size in shape)
-    return f"  {{ name: {_quoted(entry.name)}, data_type: {TRITON_TYPES[entry.dtype]}, dims: [ {sizes} ] }}"
+    # Triton takes no tensor without dimensions: a number is one of one, and takes another shape on the way.
+    dims = f"dims: [ {sizes} ]" if shape else "dims: [ 1 ], reshape: { shape: [ ] }"
+    return f"  {{ name: {_quoted(entry.name)}, data_type: {TRITON_TYPES[entry.dtype]}, {dims} }}"
 
 
 def _quoted(text: str) -> str:
