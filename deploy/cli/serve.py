@@ -11,6 +11,8 @@ PACKAGES = {
 }
 """What each extra must have brought."""
 
+FOR_BUNDLES = {"grpc": ", or make the bundle again with --grpc"}
+
 
 @click.command("serve")
 @click.argument("builds", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUILD...")
@@ -104,7 +106,7 @@ def _require_packages(extra: str) -> None:
             "nothing can be served" if extra == "serve" else f"{extra} cannot be served",
             found=f"no package {', '.join(lacking)}",
             expected=f"the extra {extra!r}",
-            fix=f"pip install 'edge-deploy[{extra}]'",
+            fix=f"pip install 'edge-deploy[{extra}]'" + FOR_BUNDLES.get(extra, ""),
         )
 
 

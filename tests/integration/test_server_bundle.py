@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc as triton
 
 from deploy.bundling.requirements import installed
 from deploy.bundling.writing import MARK
@@ -76,6 +77,26 @@ def test_the_bundle_holds_all_that_a_server_needs(bundle: Path, build: Path) -> 
     manifest = json.loads((build / "manifest.json").read_text())
     for file in manifest["files"]:
         assert digests(bundle)[f"model/{file['path']}"] == file["sha256"]
+
+
+def test_a_bundle_speaks_grpc_by_its_own_code_where_that_was_asked_for(
+    build: Path, bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "served"
+    done = run("bundle", build, "--for", "server", "-o", folder, "--grpc")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^grpcio==\S+ \\\n    --hash=", (folder / "requirements.txt").read_text(), re.MULTILINE)
+    assert "grpcio" not in (bundle / "requirements.txt").read_text()
+    assert "runner/deploy/serving/grpc_server.py" in digests(bundle)
+    port = r"listening on grpc://127\.0\.0\.1:(\d+)"
+    words = [sys.executable, "-P", str(folder / "serve.py"), "--port", "0", "--grpc-port", "0"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        found = next(filter(None, (re.search(port, line) for line in process.stderr)))
+        with triton.InferenceServerClient(f"127.0.0.1:{found[1]}") as client:
+            assert client.is_model_ready("digits")
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def test_the_same_build_gives_the_same_bytes_and_the_archive_holds_the_folder(

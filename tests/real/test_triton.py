@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from msgspec.structs import replace
 
-from deploy.bundling.modelserver import TRITON_TYPES, triton_files
+from deploy.bundling.modelserver import TRITON_TYPES, triton_files, triton_takes
 from deploy.bundling.writing import write_folder
 from deploy.manifest import Manifest, Output, read
 
@@ -104,7 +104,7 @@ def with_calls_alone(manifest: Manifest) -> Manifest:
     "change",
     [
         as_built, for_openvino, without_a_batch, with_every_datatype, with_a_number_for_each_sample,
-        with_a_scalar, with_odd_names, with_shared_calls, with_calls_alone,
+        with_odd_names, with_shared_calls, with_calls_alone,
     ],
 )  # fmt: skip
 def test_triton_accepts_the_configuration_and_looks_for_its_backend(
@@ -114,6 +114,13 @@ def test_triton_accepts_the_configuration_and_looks_for_its_backend(
     told = "\n".join(ask(manifest, lambda text: text))
     assert f"unable to find backend library for backend '{manifest.runtime}'" in told
     assert "Poll failed" not in told
+
+
+def test_a_scalar_without_a_batch_has_no_place_in_triton(build: Path, ask: Ask) -> None:
+    manifest = with_a_scalar(read(build))
+    assert "scalar tensors are not supported" in "\n".join(ask(manifest, lambda text: text))
+    assert not triton_takes(manifest)
+    assert triton_takes(with_a_number_for_each_sample(read(build)))
 
 
 @pytest.mark.parametrize(
