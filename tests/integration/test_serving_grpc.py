@@ -460,6 +460,53 @@ def test_term_answers_what_has_arrived_and_ends_with_0(
     assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
 
 
+@pytest.fixture
+def waiting_build(build: Path, tmp_path: Path) -> Path:
+    """A build whose calls are said to be long and worth sharing, so that requests wait for others."""
+    copy = tmp_path / "waiting"
+    shutil.copytree(build, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["recommended"]["shared_rows"] = 64
+    for rung in manifest["rungs"]:
+        rung["latency"]["median_ms"] = 5.0
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+def test_what_waits_is_answered_at_the_end_and_a_caller_that_left_is_let_go(
+    waiting_build: Path, tmp_path: Path, golden: tuple[np.ndarray, np.ndarray]
+) -> None:
+    body = typed(golden[0][:1]).SerializeToString()
+    options = ("--window-ms", "3000", "--log-requests")
+    with serving(waiting_build, *options, log=tmp_path / "log") as server, raw_calls(server) as call:
+        with pytest.raises(grpc.RpcError) as late:
+            call(body, timeout=0.3)
+        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        left = call.future(body)
+        waits = call.future(body)
+        time.sleep(0.3)
+        left.cancel()
+        server.process.send_signal(signal.SIGTERM)
+        assert triton.InferResult(service_pb2.ModelInferResponse.FromString(waits.result(20))) is not None
+        assert server.process.wait(20) == 0
+    lines = [json.loads(x) for x in server.log.read_text().splitlines() if x.startswith("{")]
+    assert sorted(line["status"] for line in lines) == [200, 499, 499]
+
+
+def test_more_than_may_wait_are_refused_and_so_is_what_takes_too_long(
+    waiting_build: Path, tmp_path: Path, golden: tuple[np.ndarray, np.ndarray]
+) -> None:
+    options = ("--window-ms", "60000", "--waiting", "1", "--timeout-s", "1")
+    with serving(waiting_build, *options, log=tmp_path / "log") as server, raw_calls(server) as call:
+        alone = call.future(typed(golden[0][:1]).SerializeToString())
+        assert alone.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert alone.details() == "no answer within 1 s"
+        # Each of these fills a shared call, and takes longer than the next one needs to arrive.
+        full = typed(np.zeros((64, 1, 8, 8), np.float32)).SerializeToString()
+        codes = {each.code() for each in [call.future(full) for _ in range(400)]}
+    assert codes == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+
+
 def test_a_taken_port_is_told(build: Path, server: Server) -> None:
     port = server.address.rpartition(":")[2]
     words = [*DEPLOY, "serve", str(build), "--port", "0", "--grpc-port", port]
