@@ -20,6 +20,11 @@ TRITON_TYPES = {
 }
 
 
+def triton_takes(manifest: Manifest) -> bool:
+    """Whether Triton has a place for every tensor: it knows no scalars where nothing counts samples."""
+    return _batched(manifest) or all(_shapes(manifest))
+
+
 def triton_files(build: Path, manifest: Manifest) -> dict[str, Content]:
     """A model repository: NAME/config.pbtxt and NAME/1/ with the program.
 
@@ -54,9 +59,16 @@ def _programs(build: Path, manifest: Manifest) -> dict[str, Path]:
     return {f"model{file.suffix}": file for file in files}
 
 
+def _batched(manifest: Manifest) -> bool:
+    return all(shape[:1] == ["batch"] for shape in _shapes(manifest))
+
+
+def _shapes(manifest: Manifest) -> list[list[int | str]]:
+    return [entry.shape for entry in manifest.inputs] + [entry.shape for entry in manifest.outputs]
+
+
 def _config(manifest: Manifest, backend: str) -> str:
-    shapes = [entry.shape for entry in manifest.inputs] + [entry.shape for entry in manifest.outputs]
-    batched = all(shape[:1] == ["batch"] for shape in shapes)
+    batched = _batched(manifest)
     rows = manifest.inputs[0].dynamic.get("batch", [1, 1])[1] if batched else 0
     lines = [
         f"name: {_quoted(manifest.model)}",
@@ -77,7 +89,9 @@ def _config(manifest: Manifest, backend: str) -> str:
 def _tensor(entry: Input | Output, batched: bool) -> str:
     shape = entry.shape[1:] if batched else entry.shape
     sizes = ", ".join(str(size) if isinstance(size, int) else "-1" for size in shape)
-    return f"  {{ name: {_quoted(entry.name)}, data_type: {TRITON_TYPES[entry.dtype]}, dims: [ {sizes} ] }}"
+    # Triton takes no tensor without dimensions: a number is one of one, and takes another shape on the way.
+    dims = f"dims: [ {sizes} ]" if shape else "dims: [ 1 ], reshape: { shape: [ ] }"
+    return f"  {{ name: {_quoted(entry.name)}, data_type: {TRITON_TYPES[entry.dtype]}, {dims} }}"
 
 
 def _quoted(text: str) -> str:

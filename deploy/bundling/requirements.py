@@ -48,7 +48,7 @@ def installed(roots: Sequence[str]) -> dict[str, str]:
                 "the bundle cannot be locked",
                 found=f"no package {name} here",
                 expected="the packages that the server will run with",
-                fix="pip install 'edge-deploy[serve]'",
+                fix="pip install 'edge-deploy[serve]', or 'edge-deploy[grpc]' for a bundle with gRPC",
             ) from error
         seen = key in found
         found[key] = metadata.version

@@ -10,7 +10,7 @@ from pathlib import Path
 from deploy.builds import GOLDEN, check_files
 from deploy.bundling.closure import closure
 from deploy.bundling.material import licences, sbom
-from deploy.bundling.modelserver import ovms_files, triton_files
+from deploy.bundling.modelserver import ovms_files, triton_files, triton_takes
 from deploy.bundling.requirements import Package, locked, requirements_txt
 from deploy.bundling.writing import Content
 from deploy.manifest import Manifest, read
@@ -21,13 +21,16 @@ from targets.errors import MissingRequirementError
 Announce = Callable[[str], None]
 
 SERVING = ("starlette", "uvicorn", "httptools", "uvloop", "prometheus-client", "msgspec", "numpy", "click")
+GRPC = ("grpcio", "protobuf")
 ROOTS = ("deploy.cli.serve", "deploy.serving.server", "deploy.serving.openapi", "deploy.serving.loading")
 PAGES = ("page.html", "page.js", "page.css")
 INITS = ("targets", "calibration", "exporters", "deploy", "deploy/cli", "deploy/serving")
 
 
-def server_bundle(build: Path, announce: Announce = lambda text: None) -> dict[str, Content]:
-    """The bundle's files by their paths in it.
+def server_bundle(
+    build: Path, announce: Announce = lambda text: None, *, grpc: bool = False
+) -> dict[str, Content]:
+    """The bundle's files by their paths in it; its requirements have gRPC's packages where that is wanted.
 
     Raises IntegrityError for a damaged build, and MissingRequirementError for a build whose runtime needs
     torch, or where the package index cannot be asked for hashes.
@@ -44,13 +47,16 @@ def server_bundle(build: Path, announce: Announce = lambda text: None) -> dict[s
             fix=f"deploy build --target host --runtime {serving.partition(', ')[0]}, then bundle that",
         )
     announce("asking the package index for hashes")
-    packages = locked([*SERVING, *entry.runs_on], cache_root())
+    packages = locked([*SERVING, *(GRPC if grpc else ()), *entry.runs_on], cache_root())
     files = _model_files(build, manifest)
     files |= _runner_files(manifest.runtime)
     files |= _written(manifest, packages)
     files |= {f"licences/{name}": content for name, content in licences(packages).items()}
     files["sbom.cdx.json"] = sbom(manifest, packages)
-    files |= {f"triton/{name}": content for name, content in triton_files(build, manifest).items()}
+    if triton_takes(manifest):
+        files |= {f"triton/{name}": content for name, content in triton_files(build, manifest).items()}
+    else:
+        announce("no layout for Triton, which takes no scalar from a model without a batch")
     files |= {f"ovms/{name}": content for name, content in ovms_files(build, manifest).items()}
     return files
 

@@ -14,15 +14,16 @@ from deploy.cli import options
     "-o", "--output-dir", required=True, type=click.Path(path_type=Path), help="The bundle's folder."
 )
 @click.option("--archive", is_flag=True, help="Also write the folder as a .tar.gz beside it.")
+@click.option("--grpc", is_flag=True, help="Its requirements have what serve.py --grpc-port needs.")
 @options.JSON
-def command(build: Path, purpose: str, output_dir: Path, archive: bool, as_json: bool) -> None:
+def command(build: Path, purpose: str, output_dir: Path, archive: bool, grpc: bool, as_json: bool) -> None:
     """What ships a finished build: for a server a folder that installs and serves it without torch."""
     import json
 
     from deploy.bundling.server import server_bundle
     from deploy.bundling.writing import write_archive, write_folder
 
-    files = server_bundle(build, lambda text: None if as_json else click.echo(text, err=True))
+    files = server_bundle(build, lambda text: None if as_json else click.echo(text, err=True), grpc=grpc)
     write_folder(output_dir, files)
     packed = output_dir.with_name(f"{output_dir.name}.tar.gz")
     if archive:

@@ -5,6 +5,14 @@ from pathlib import Path
 
 import click
 
+PACKAGES = {
+    "serve": ("starlette", "uvicorn", "prometheus_client"),
+    "grpc": ("grpc", "google.protobuf"),
+}
+"""What each extra must have brought."""
+
+FOR_BUNDLES = {"grpc": ", or make the bundle again with --grpc"}
+
 
 @click.command("serve")
 @click.argument("builds", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUILD...")
@@ -12,6 +20,7 @@ import click
 @click.option(
     "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one."
 )
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="Also speak gRPC, on this port; 0: any.")
 @click.option(
     "--threads", type=click.IntRange(1, 1024), help="Threads of the runtime [default: the build's]."
 )
@@ -33,6 +42,7 @@ def command(
     builds: tuple[Path, ...],
     host: str,
     port: int,
+    grpc_port: int | None,
     threads: int | None,
     largest_body: float,
     waiting: int,
@@ -44,7 +54,9 @@ def command(
     log_requests: bool,
 ) -> None:
     """Serves finished builds by the Open Inference Protocol v2, until SIGTERM or Ctrl-C."""
-    _require_packages()
+    _require_packages("serve")
+    if grpc_port is not None:
+        _require_packages("grpc")
     from deploy.serving.batching import Limits
     from deploy.serving.gate import AppOptions
     from deploy.serving.server import ServeOptions, serve
@@ -58,6 +70,7 @@ def command(
         ServeOptions(
             host=host,
             port=port,
+            grpc_port=grpc_port,
             threads=threads,
             limits=Limits(window_s=window_ms / 1000, waiting=waiting, seconds=timeout_s),
             app=app,
@@ -84,19 +97,26 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _require_packages() -> None:
-    from importlib.util import find_spec
-
+def _require_packages(extra: str) -> None:
     from targets.errors import MissingRequirementError
 
-    lacking = [name for name in ("starlette", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    lacking = [name for name in PACKAGES[extra] if not _installed(name)]
     if lacking:
         raise MissingRequirementError(
-            "nothing can be served",
+            "nothing can be served" if extra == "serve" else f"{extra} cannot be served",
             found=f"no package {', '.join(lacking)}",
-            expected="the extra 'serve'",
-            fix="pip install 'edge-deploy[serve]'",
+            expected=f"the extra {extra!r}",
+            fix=f"pip install 'edge-deploy[{extra}]'" + FOR_BUNDLES.get(extra, ""),
         )
+
+
+def _installed(name: str) -> bool:
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
 
 
 def _check_tls(certificate: Path | None, key: Path | None) -> None:

@@ -2,8 +2,7 @@
 
 import importlib.resources
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -13,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from deploy.serving import metadata
 from deploy.serving.front import Front, refusal_headers
 from deploy.serving.gate import FAILURES, AppOptions, Gate
 from deploy.serving.protocol import DATATYPES, RequestError
@@ -24,14 +24,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 def make_app(service: Service, options: AppOptions) -> Front:
-    """The ASGI application."""
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        await service.start()
-        yield
-        await service.stop()
-
+    """The ASGI application; the service is started and stopped by the process around it."""
     gate = Gate(service, options)
     api = _Api(service, gate)
     open_routes = {
@@ -57,7 +50,7 @@ def make_app(service: Service, options: AppOptions) -> Front:
         ("/v2/models/{model}/versions/{version}/infer", api.infer, "GET"),
     ):
         routes.append(Route(path, api.guarded(handler), methods=[method]))
-    return Front(Starlette(routes=routes, lifespan=lifespan), service, gate, options)
+    return Front(Starlette(routes=routes), service, gate, options)
 
 
 class _Api:
@@ -100,29 +93,15 @@ class _Api:
 
     async def server(self, request: Request) -> Response:
         """Server metadata."""
-        version = next(iter(self._service.models.values())).loaded.manifest.environment.packages
-        return _json(
-            {"name": "edge-deploy", "version": version.get("edge-deploy", ""), "extensions": EXTENSIONS}
-        )
+        return _json(metadata.of_server(self._service, EXTENSIONS))
 
     async def index(self, request: Request) -> Response:
         """The models."""
-        models = [model.loaded for model in self._service.models.values()]
-        return _json([{"name": m.name, "version": m.version, "state": "READY", "reason": ""} for m in models])
+        return _json(metadata.of_models(self._service))
 
     async def metadata(self, request: Request) -> Response:
-        """A model's inputs and outputs; dynamic dimensions are -1."""
-        loaded = self._model(request).loaded
-        manifest = loaded.manifest
-        return _json(
-            {
-                "name": loaded.name,
-                "versions": [loaded.version],
-                "platform": f"edge-deploy_{manifest.runtime}",
-                "inputs": [_tensor(entry) for entry in manifest.inputs],
-                "outputs": [_tensor(entry) for entry in manifest.outputs],
-            }
-        )
+        """A model's metadata."""
+        return _json(metadata.of_model(self._model(request).loaded))
 
     async def model_ready(self, request: Request) -> Response:
         """A model's readiness."""
@@ -176,11 +155,6 @@ class _Api:
 
     def _model(self, request: Request) -> Model:
         return self._service.find(request.path_params["model"], request.path_params.get("version"))
-
-
-def _tensor(entry: Any) -> dict[str, Any]:
-    shape = [size if isinstance(size, int) else -1 for size in entry.shape]
-    return {"name": entry.name, "datatype": DATATYPES[entry.dtype], "shape": shape}
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -135,15 +135,11 @@ def parse(
         raise RequestError(400, _path(error), _reason(error)) from error
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise RequestError(400, "body", f"is no JSON: {_short(error)}") from error
-    names = [tensor.name for tensor in request.inputs]
-    wanted = [spec.name for spec in specs]
-    if sorted(names) != sorted(wanted):
-        raise RequestError(400, "inputs", f"found {_listed(names)}, expected {_listed(wanted)}")
-    by_name = {spec.name: spec for spec in specs}
+    by_name = named([tensor.name for tensor in request.inputs], specs)
     arrays, offset = {}, 0
     for index, tensor in enumerate(request.inputs):
         spec, field = by_name[tensor.name], f"inputs[{index}]"
-        _check_interface(tensor, spec, field)
+        check_interface(tensor.datatype, tensor.shape, spec, field)
         size = tensor.parameters.binary_data_size
         if size is None:
             arrays[tensor.name] = _from_json(tensor, spec, field)
@@ -154,7 +150,7 @@ def parse(
         raise RequestError(
             400, "binary data", f"{len(blob)} bytes follow the JSON, the inputs claim {offset}"
         )
-    _check_agreement(arrays, specs)
+    check_agreement(arrays, specs)
     return Parsed(arrays=arrays, id=request.id, outputs=_wanted(request, outputs))
 
 
@@ -193,12 +189,21 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
     return body[:length], body[length:]
 
 
-def _check_interface(tensor: InputTensor, spec: TensorSpec, field: str) -> None:
-    datatype = DATATYPES[spec.dtype]
-    if tensor.datatype != datatype:
-        raise RequestError(400, f"{field}.datatype", f"is {tensor.datatype[:20]!r}, expected {datatype}")
-    if not spec.admits(tensor.shape):
-        shown = str(tensor.shape[:8])[:100]
+def named(names: Sequence[str], specs: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
+    """The inputs by name. Raises RequestError where a request has others, or one twice."""
+    by_name = {spec.name: spec for spec in specs}
+    if sorted(names) != sorted(by_name):
+        raise RequestError(400, "inputs", f"found {_listed(names)}, expected {_listed(list(by_name))}")
+    return by_name
+
+
+def check_interface(datatype: str, shape: Sequence[int], spec: TensorSpec, field: str) -> None:
+    """Raises RequestError for a datatype or a shape that the input does not take."""
+    expected = DATATYPES[spec.dtype]
+    if datatype != expected:
+        raise RequestError(400, f"{field}.datatype", f"is {datatype[:20]!r}, expected {expected}")
+    if not spec.admits(shape):
+        shown = str(list(shape[:8]))[:100]
         raise RequestError(400, f"{field}.shape", f"is {shown}, expected {shape_text(spec)}")
 
 
@@ -220,15 +225,18 @@ def _from_json(tensor: InputTensor, spec: TensorSpec, field: str) -> Array:
         values = _flattened(raw, dtype, tensor.shape, field)
     except (msgspec.DecodeError, RecursionError) as error:
         raise RequestError(400, f"{field}.data", _short(error)) from error
-    if len(values) != math.prod(tensor.shape):
-        raise RequestError(
-            400, f"{field}.data", f"has {len(values)} numbers, the shape asks for {math.prod(tensor.shape)}"
-        )
+    return array_of_numbers(values, tensor.shape, spec, f"{field}.data")
+
+
+def array_of_numbers(values: Sequence[Any], shape: Sequence[int], spec: TensorSpec, field: str) -> Array:
+    """Flat numbers as an input's array. Raises RequestError where they are too many, too few or too large."""
+    if len(values) != math.prod(shape):
+        raise RequestError(400, field, f"has {len(values)} numbers, the shape asks for {math.prod(shape)}")
     try:
         with np.errstate(over="ignore"):
-            array = np.array(values, dtype=dtype).reshape(tensor.shape)
+            array = np.array(values, dtype=spec.dtype).reshape(shape)
     except (OverflowError, ValueError, TypeError) as error:
-        raise RequestError(400, f"{field}.data", f"does not fit {tensor.datatype}") from error
+        raise RequestError(400, field, f"does not fit {DATATYPES[spec.dtype]}") from error
     return _finite(array, field)
 
 
@@ -261,23 +269,27 @@ def _from_binary(
             f"{field}.parameters.binary_data_size",
             f"is {size}, the shape asks for {expected}, {max(0, len(blob) - offset)} bytes are there",
         )
-    flat = np.frombuffer(blob, dtype, count=math.prod(tensor.shape), offset=offset)
-    array = flat.reshape(tensor.shape).copy()  # aligned and writable, which runtimes rely on
-    if dtype.kind == "b" and (np.frombuffer(blob, np.uint8, count=size, offset=offset) > 1).any():
-        raise RequestError(400, f"{field}.data", "holds something else than 0 and 1")
+    return array_of_bytes(blob, offset, tensor.shape, dtype, f"{field}.data")
+
+
+def array_of_bytes(blob: bytes, offset: int, shape: Sequence[int], dtype: Any, field: str) -> Array:
+    """The numbers that start there, which are all in `blob`. Raises RequestError where they are none."""
+    count = math.prod(shape)
+    flat = np.frombuffer(blob, dtype, count=count, offset=offset)
+    array = flat.reshape(shape).copy()  # aligned and writable, which runtimes rely on
+    if array.dtype.kind == "b" and (np.frombuffer(blob, np.uint8, count=count, offset=offset) > 1).any():
+        raise RequestError(400, field, "holds something else than 0 and 1")
     return _finite(array, field)
 
 
 def _finite(array: Array, field: str) -> Array:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise RequestError(
-            400, f"{field}.data", f"holds NaN, infinity, or numbers too large for {array.dtype}"
-        )
+        raise RequestError(400, field, f"holds NaN, infinity, or numbers too large for {array.dtype}")
     return array
 
 
-def _check_agreement(arrays: Mapping[str, Array], specs: Sequence[TensorSpec]) -> None:
-    """A named dimension has one size in all inputs."""
+def check_agreement(arrays: Mapping[str, Array], specs: Sequence[TensorSpec]) -> None:
+    """Raises RequestError where a named dimension has not one size in all inputs."""
     sizes: dict[str, int] = {}
     for spec in specs:
         for name, size in zip(spec.shape, arrays[spec.name].shape, strict=True):
@@ -289,19 +301,21 @@ def _check_agreement(arrays: Mapping[str, Array], specs: Sequence[TensorSpec]) -
 
 def _wanted(request: InferRequest, outputs: Sequence[str]) -> tuple[tuple[str, bool], ...]:
     default = request.parameters.binary_data_output
-    if not request.outputs:
-        return tuple((name, default) for name in outputs)
-    wanted = []
-    for index, output in enumerate(request.outputs):
-        if output.name not in outputs:
+    chosen = chosen_outputs([output.name for output in request.outputs], outputs)
+    asked = {output.name: output.parameters.binary_data for output in request.outputs}
+    return tuple((name, default if (binary := asked.get(name)) is None else binary) for name in chosen)
+
+
+def chosen_outputs(names: Sequence[str], outputs: Sequence[str]) -> tuple[str, ...]:
+    """The outputs that a request names, all where it names none. Raises RequestError for unknown ones."""
+    for index, name in enumerate(names):
+        if name not in outputs:
             raise RequestError(
-                400, f"outputs[{index}].name", f"is {output.name[:40]!r}, expected {_listed(outputs)}"
+                400, f"outputs[{index}].name", f"is {name[:40]!r}, expected {_listed(outputs)}"
             )
-        binary = output.parameters.binary_data
-        wanted.append((output.name, default if binary is None else binary))
-    if len({name for name, _ in wanted}) < len(wanted):
+    if len(set(names)) < len(names):
         raise RequestError(400, "outputs", "names one twice")
-    return tuple(wanted)
+    return tuple(names or outputs)
 
 
 def _path(error: msgspec.ValidationError) -> str:

@@ -1,4 +1,4 @@
-"""The process: uvicorn around the application, drained and ended with exit code 0 on SIGTERM."""
+"""The process: uvicorn and, where asked for, gRPC in one loop; drained on SIGTERM, ended with exit code 0."""
 
 import asyncio
 import contextlib
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -18,6 +19,9 @@ from deploy.serving.gate import AppOptions
 from deploy.serving.service import Service
 from targets.errors import MissingRequirementError
 
+if TYPE_CHECKING:
+    from deploy.serving.grpc_server import GrpcServer
+
 DRAIN_S = 20
 KEEP_ALIVE_S = 15
 log = logging.getLogger("edge-deploy")
@@ -25,10 +29,11 @@ log = logging.getLogger("edge-deploy")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """Where to listen and within which limits."""
+    """Where to listen and within which limits; no gRPC without a port for it."""
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     threads: int | None = None
     limits: Limits = field(default_factory=Limits)
     app: AppOptions = field(default_factory=AppOptions)
@@ -38,6 +43,25 @@ class ServeOptions:
 
 class _Server(uvicorn.Server):
     """uvicorn ends by the signal that stopped it; a drained server has done its work and ends with 0."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, grpc: "GrpcServer | None") -> None:
+        super().__init__(config)
+        self._service = service
+        self._grpc = grpc
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """The models first, then all that asks them."""
+        await self._service.start()
+        if self._grpc is not None:
+            await self._grpc.start()
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drains HTTP and gRPC at the same time, then the models."""
+        grpc = self._grpc.stop(DRAIN_S) if self._grpc is not None else asyncio.sleep(0)
+        await asyncio.gather(super().shutdown(sockets), grpc)
+        if not self.force_exit:
+            await self._service.stop()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -74,14 +98,32 @@ def serve(folders: list[Path], options: ServeOptions) -> None:
         timeout_keep_alive=KEEP_ALIVE_S,
         ssl_certfile=options.tls_certificate,
         ssl_keyfile=options.tls_key,
-        lifespan="on",
+        lifespan="off",
     )
-    scheme = "https" if options.tls_certificate else "http"
-    host, port = listening.getsockname()[:2]
     for loaded in service.opened:
         log.info("%s version %s (%s)", loaded.name, loaded.version, loaded.manifest.shipped_rung)
-    log.info("listening on %s://%s:%s", scheme, f"[{host}]" if ":" in host else host, port)
-    _Server(config).run(sockets=[listening])
+    scheme = "https" if options.tls_certificate else "http"
+    log.info("listening on %s://%s:%s", scheme, *_shown(listening))
+    _Server(config, service, _grpc(service, options)).run(sockets=[listening])
+
+
+def _grpc(service: Service, options: ServeOptions) -> "GrpcServer | None":
+    if options.grpc_port is None:
+        return None
+    from deploy.serving.grpc_server import GrpcServer, Listening
+
+    address = Listening(
+        host=options.host,
+        port=options.grpc_port,
+        tls_certificate=options.tls_certificate,
+        tls_key=options.tls_key,
+    )
+    return GrpcServer(service, options.app, address)
+
+
+def _shown(listening: socket.socket) -> tuple[str, int]:
+    host, port = listening.getsockname()[:2]
+    return f"[{host}]" if ":" in host else host, port
 
 
 def _bound(host: str, port: int) -> socket.socket:

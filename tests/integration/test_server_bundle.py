@@ -9,7 +9,10 @@ import sys
 import tarfile
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
+import tritonclient.grpc as triton
+import yaml
 
 from deploy.bundling.requirements import installed
 from deploy.bundling.writing import MARK
@@ -76,6 +79,26 @@ def test_the_bundle_holds_all_that_a_server_needs(bundle: Path, build: Path) -> 
     manifest = json.loads((build / "manifest.json").read_text())
     for file in manifest["files"]:
         assert digests(bundle)[f"model/{file['path']}"] == file["sha256"]
+
+
+def test_a_bundle_speaks_grpc_by_its_own_code_where_that_was_asked_for(
+    build: Path, bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "served"
+    done = run("bundle", build, "--for", "server", "-o", folder, "--grpc")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^grpcio==\S+ \\\n    --hash=", (folder / "requirements.txt").read_text(), re.MULTILINE)
+    assert "grpcio" not in (bundle / "requirements.txt").read_text()
+    assert "runner/deploy/serving/grpc_server.py" in digests(bundle)
+    port = r"listening on grpc://127\.0\.0\.1:(\d+)"
+    words = [sys.executable, "-P", str(folder / "serve.py"), "--port", "0", "--grpc-port", "0"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        found = next(filter(None, (re.search(port, line) for line in process.stderr)))
+        with triton.InferenceServerClient(f"127.0.0.1:{found[1]}") as client:
+            assert client.is_model_ready("digits")
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def test_the_same_build_gives_the_same_bytes_and_the_archive_holds_the_folder(
@@ -150,6 +173,38 @@ def test_the_layouts_for_other_servers_fit_the_model(bundle: Path) -> None:
     assert '{ name: "logits", data_type: TYPE_FP32, dims: [ 10 ] }' in config
     served = json.loads((bundle / "ovms" / "config.json").read_text())["model_config_list"][0]["config"]
     assert served["name"] == "digits"
+
+
+@pytest.mark.parametrize(("old", "new"), [("", ""), ("ProtectSystem=strict", "ProtectSystm=strict")])
+def test_systemd_takes_the_unit_and_would_see_a_wrong_line(
+    bundle: Path, tmp_path: Path, old: str, new: str
+) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("the unit was not verified: no systemd-analyze on this machine")
+    unit = "edge-deploy-digits.service"
+    text = (bundle / unit).read_text().replace("/opt/digits/.venv/bin/python", sys.executable)
+    (tmp_path / unit).write_text(text.replace(old, new) if old else text)
+    words = ["systemd-analyze", "verify", "--man=no", str(tmp_path / unit)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    told = [line for line in done.stderr.splitlines() if unit in line]
+    assert ("Unknown key 'ProtectSystm'" in done.stderr) == bool(old)
+    assert bool(told) == bool(old), done.stderr
+
+
+KUBERNETES = ("1.29", "1.37")
+"""The oldest and the newest version whose schemas the manifests are held against."""
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_kubernetes_takes_the_manifests_and_nothing_else(bundle: Path, version: str) -> None:
+    documents = list(yaml.safe_load_all((bundle / "kubernetes.yaml").read_text()))
+    assert [each["kind"] for each in documents] == ["Deployment", "Service"]
+    for each in documents:
+        kubernetes_validate.validate(each, version, strict=True)
+    (container,) = documents[0]["spec"]["template"]["spec"]["containers"]
+    container["readinessProb"] = container.pop("readinessProbe")
+    with pytest.raises(kubernetes_validate.ValidationError, match="readinessProb"):
+        kubernetes_validate.validate(documents[0], version, strict=True)
 
 
 def test_nothing_of_this_machine_is_in_the_bundle(bundle: Path) -> None:

@@ -116,6 +116,8 @@ def test_no_package_imports_tests_examples_or_benchmarks() -> None:
 def test_nothing_opens_a_connection() -> None:
     network = {"urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "socketserver", "ssl"}
     assert [n for file in modules() for n in imported(file) if n.partition(".")[0] in network] == []
+    calls = [name_of(file) for file in modules() if "grpc" in imported(file)]
+    assert calls == ["deploy.serving.grpc_server"], "it listens"
     sockets = [name_of(file) for file in modules() if "socket" in imported(file)]
     assert sockets == ["deploy.serving.server", "exporters.remote"], "one listens, one is a pair"
 
@@ -159,7 +161,7 @@ def test_light_modules_load_neither_torch_nor_a_runtime() -> None:
 
 
 def test_the_command_starts_without_rich_and_numpy() -> None:
-    slow = ("rich", "numpy", "msgspec", "torch")
+    slow = ("rich", "numpy", "msgspec", "torch", "grpc", "google.protobuf")
     code = f"import sys, deploy.cli.main\nprint([name for name in {slow!r} if name in sys.modules])"
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, check=False, text=True, cwd=ROOT
