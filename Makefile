@@ -26,7 +26,7 @@ docs: $(VENV)/.dev ## Writes the generated pages of docs/ again
 	$(BIN)/python -m deploy.reference docs
 
 bench: $(VENV)/.dev ## Measures everything in docs/performance.md and writes it; wants a quiet machine for an hour
-	for name in start_up overhead gains quick_starts server soak; do \
+	for name in start_up overhead gains quick_starts server soak sparse; do \
 	  $(BIN)/python -m benchmarks.$$name -o benchmarks/results || exit 1; done
 	$(BIN)/python -m benchmarks.render
 

@@ -34,7 +34,7 @@ from deploy.validation import metrics
 from exporters.capture import order_inputs
 from exporters.remote import RemoteSession
 
-MODELS = ("digits", "ds_cnn", "resnet20", "resnet56", "mobilenet_v2", "resnet18", "minilm")
+MODELS = ("digits", "ds_cnn", "resnet20", "resnet56", "mobilenet_v2", "resnet18", "resnet50", "minilm")
 OURS = "deploy build"
 COMPILED = "torch.compile"
 GOAL = 1.2

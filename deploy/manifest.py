@@ -124,10 +124,10 @@ class Throughput(Value, frozen=True, kw_only=True):
 class SparseExecution(Value, frozen=True, kw_only=True):
     """That zeros are skipped: how much faster a rung ran than the same graph with dense weights.
 
-    `speedup` is the ratio of interleaved medians with its 95% interval, at this batch.
+    `gain` is the ratio of interleaved medians with its 95% interval, at this batch.
     """
 
-    speedup: float
+    gain: float
     ci95: list[float]
     batch: int
 

@@ -119,7 +119,7 @@ def _unskipped(zeros: SparseExecution | None) -> str | None:
     """Why a masked rung may not ship: its runtime gains nothing from the zeros that it paid for."""
     if zeros is None or zeros.ci95[0] > 1:
         return None
-    ratio = f"{zeros.speedup:.2f}x of the same graph with dense weights"
+    ratio = f"{zeros.gain:.2f}x of the same graph with dense weights"
     return f"zeros are not skipped: {ratio}, 95% interval [{zeros.ci95[0]:.2f}, {zeros.ci95[1]:.2f}]"
 
 

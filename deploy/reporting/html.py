@@ -257,7 +257,7 @@ def _zeros(rung: Rung) -> str:
     if zeros is None:
         return ""
     low, high = zeros.ci95
-    return f"its zeros bring {_whole(f'{zeros.speedup:.2f}× [{low:.2f}, {high:.2f}]')} over dense weights"
+    return f"its zeros bring {_whole(f'{zeros.gain:.2f}× [{low:.2f}, {high:.2f}]')} over dense weights"
 
 
 def _counts(rung: Rung) -> str:

@@ -30,7 +30,7 @@ def time_zeros(
         if not low <= 1 <= high:
             break
     return SparseExecution(
-        speedup=float(np.median(ratios)),
+        gain=float(np.median(ratios)),
         ci95=[float(low), float(high)],
         batch=len(next(iter(inputs.values()))),
     )

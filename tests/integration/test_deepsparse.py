@@ -126,9 +126,9 @@ def test_a_dense_twin_differs_in_its_zeros_alone(source: OnnxModel, tmp_path: Pa
 
 
 def test_a_rung_whose_zeros_bring_nothing_is_dropped_and_one_whose_do_is_not() -> None:
-    assert _unskipped(SparseExecution(speedup=1.9, ci95=[1.8, 2.0], batch=1)) is None
+    assert _unskipped(SparseExecution(gain=1.9, ci95=[1.8, 2.0], batch=1)) is None
     assert _unskipped(None) is None
-    told = _unskipped(SparseExecution(speedup=1.01, ci95=[0.97, 1.05], batch=1))
+    told = _unskipped(SparseExecution(gain=1.01, ci95=[0.97, 1.05], batch=1))
     assert told is not None
     assert "zeros are not skipped: 1.01x" in told
 
@@ -294,7 +294,7 @@ class Clock:
 def test_zeros_are_judged_by_the_ratio_to_dense_weights(sparse: tuple[int, ...], proven: bool) -> None:
     found = time_zeros(Clock(*sparse), Clock(10_000_000, 9_800_000, 10_300_000), batch(1))
     assert (found.ci95[0] > 1) == proven
-    assert found.speedup == pytest.approx(2 if proven else 1, rel=0.03)
+    assert found.gain == pytest.approx(2 if proven else 1, rel=0.03)
     assert found.batch == 1
 
 
@@ -302,7 +302,7 @@ def test_a_server_neither_holds_nor_packs_it(built: Build, monkeypatch: pytest.M
     from deploy.bundling.server import server_bundle
     from deploy.serving.loading import load
 
-    proven = SparseExecution(speedup=2.0, ci95=[1.9, 2.1], batch=1)
+    proven = SparseExecution(gain=2.0, ci95=[1.9, 2.1], batch=1)
     monkeypatch.setattr("deploy.validation.zeros.time_zeros", lambda *arguments: proven)
     only = deploy.build(
         built.folder.parents[2],

@@ -303,6 +303,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "minilm": write_minilm,
     "mobilenet_v2": write_random,
     "resnet18": write_random,
+    "resnet50": write_random,
     "cond": write_cond,
     "scan": write_digits,
     "lstm": write_digits,
