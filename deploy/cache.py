@@ -104,8 +104,8 @@ class Cache:
         shutil.rmtree(folder, ignore_errors=True)
 
     def clear(self) -> None:
-        """Removes everything: entries, leftovers, what is known of sources, checkpoints."""
-        for part in ("stages", "tmp", "slots", "sources", "resume", "making"):
+        """Removes everything: entries, leftovers, what is known of sources, checkpoints, environments."""
+        for part in ("stages", "tmp", "slots", "sources", "resume", "making", "isolated"):
             shutil.rmtree(self.root / part, ignore_errors=True)
 
     @contextlib.contextmanager

@@ -20,9 +20,10 @@ from deploy.cache import folder_size
 from deploy.environment import cpu_name, version
 from deploy.extras import Requirement
 from deploy.manifest import Value
-from deploy.planner import LICENCES
-from exporters.base import EXPORTERS
+from deploy.planner import TERMS
+from exporters.base import EXPORTERS, at_hand
 from exporters.cache_root import cache_root
+from exporters.isolated.environment import ENVIRONMENTS
 from targets.catalog import all_targets
 from targets.errors import DeployError, MissingRequirementError
 
@@ -219,6 +220,16 @@ def _runtime(name: str, wanted: tuple[Requirement, ...], deep: bool, announce: A
         for r in needed
         if (found := version(r.name)) and not extras.fits(found, r.specifier)
     ]
+    if entry.isolated and not absent and not at_hand(name):
+        return _unusable(name, "not for this machine", "another runtime")
+    if entry.isolated and not absent and not ENVIRONMENTS[name].python.exists():
+        return Finding(
+            area="runtimes",
+            name=name,
+            severity="optional",
+            found="its environment is made by the first build that accepts its licence",
+            fix=f"read the terms, then deploy build --accept-license {name}",
+        )
     if absent:
         return _unusable(name, f"not installed: {', '.join(absent)}", _pip_extra(entry.extra))
     if deep:
@@ -296,12 +307,12 @@ def _qnn(root: str | None) -> Finding:
 
 
 def _licences(wanted: tuple[Requirement, ...]) -> Iterator[Finding]:
-    for name in LICENCES:
+    for name, terms in TERMS.items():
         yield Finding(
             area="licences",
             name=name,
             severity="ok",
-            found="its own terms; never used before they are accepted",
+            found=f"{terms}; never used before it is accepted",
             fix=f"read them, then --accept-license {name}",
         )
     stated = [f"{r.name}: {text}" for r in wanted if (text := _licence(r.name))]

@@ -8,6 +8,7 @@ its kernels take.
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from collections import OrderedDict
@@ -28,7 +29,6 @@ WEIGHTED = {"Conv": 1, "Gemm": 1, "MatMul": 1, "QLinearConv": 3, "ConvInteger": 
 """Operators with weights, and which of their inputs holds them."""
 ENGINES = 3
 """Batches that a session keeps an engine for: each is compiled for one."""
-SPATIAL = {3: [2], 4: [2, 3], 5: [2, 3, 4]}
 SCHEDULER = "single_stream"
 SPARSE = 0.5
 """A weight with more zeros than this is a masked one."""
@@ -109,17 +109,18 @@ def accept_(model: Any) -> None:
     """
     from onnx import helper, numpy_helper
 
-    graph = model.graph
+    graph, shapes = model.graph, _shapes(model)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     nodes = []
     for node in graph.node:
         settings = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-        if node.op_type == "ReduceMean" and _over_picture(node, settings, constants):
+        shape = shapes.get(node.input[0] if node.input else "", [])
+        if node.op_type == "ReduceMean" and _over_picture(node, settings, constants, len(shape)):
             pooled = node.output[0] if settings.get("keepdims", 1) else f"{node.output[0]}_pooled"
             nodes.append(helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name))
             if pooled != node.output[0]:
                 nodes.append(_flatten(f"{node.name}_flat", pooled, node.output[0]))
-        elif node.op_type == "Reshape" and _flattens(node, constants):
+        elif node.op_type == "Reshape" and _flattens(constants.get(node.input[1]), shape):
             nodes.append(_flatten(node.name, node.input[0], node.output[0]))
         else:
             nodes.append(node)
@@ -129,22 +130,38 @@ def accept_(model: Any) -> None:
     model.ir_version = IR_VERSION
 
 
+def _shapes(model: Any) -> dict[str, list[int]]:
+    """The sizes of values as far as they are known, 0 for a size that varies."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    return {
+        value.name: [size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+
+
 def _flatten(name: str, value: str, output: str) -> Any:
     from onnx import helper
 
     return helper.make_node("Flatten", [value], [output], name=name, axis=1)
 
 
-def _over_picture(node: Any, settings: Mapping[str, Any], constants: Mapping[str, Any]) -> bool:
+def _over_picture(node: Any, settings: Mapping[str, Any], constants: Mapping[str, Any], rank: int) -> bool:
+    """Whether a mean goes over all dimensions but the batch and the channels."""
     axes = settings.get("axes")
     if axes is None and len(node.input) > 1 and node.input[1] in constants:
         axes = constants[node.input[1]].tolist()
-    return axes is not None and sorted(axes) in SPATIAL.values()
+    return axes is not None and rank > 2 and sorted(axis % rank for axis in axes) == list(range(2, rank))
 
 
-def _flattens(node: Any, constants: Mapping[str, Any]) -> bool:
-    shape = constants.get(node.input[1])
-    return shape is not None and shape.size == 2 and shape[1] == -1 and shape[0] == 0
+def _flattens(wanted: np.ndarray[Any, Any] | None, shape: Sequence[int]) -> bool:
+    """Whether a Reshape joins all dimensions but the first, which it leaves."""
+    if wanted is None or wanted.shape != (2,) or len(shape) < 2 or not all(shape[1:]):
+        return False
+    first, rest = wanted.tolist()
+    joined = math.prod(shape[1:])
+    return (first, rest) in ((0, -1), (0, joined), (-1, joined), (shape[0] or None, joined))
 
 
 def _drop_unused_(graph: Any) -> None:

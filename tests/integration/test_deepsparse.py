@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from oddities import settled
 from onnx import helper, numpy_helper
 from torch import nn
 
@@ -148,6 +149,22 @@ def test_the_rewritten_graph_answers_the_same(source: OnnxModel) -> None:
         for each in (source.file.read_bytes(), model.SerializeToString())
     ]
     assert snr_db(*answers) > 100
+
+
+class Pooled(Convolutions):
+    """The same with the layers that other networks end in: axes from the end, and a view."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.nn.functional.adaptive_avg_pool2d(self.body(image), 1).flatten(1))
+
+
+def test_other_ways_to_end_a_network_are_taken_whole(tmp_path: Path) -> None:
+    model = to_onnx(capture(settled(Pooled), [SPEC]), tmp_path / "source.onnx")
+    file = export(model, "float32", tmp_path / "model.onnx")
+    kinds = [node.op_type for node in onnx.load(str(file)).graph.node]
+    assert kinds[-3:] == ["GlobalAveragePool", "Flatten", "Gemm"]
+    with opened(file) as session:
+        assert session.supported_fraction() == 1
 
 
 def test_a_mean_over_something_else_stays_as_it_is() -> None:

@@ -293,3 +293,43 @@ def test_a_runtime_that_lacks_an_operator_is_dropped_by_name_and_the_others_go_o
     assert manifest["runtime"] == "onnxruntime"
     assert "Det" in dropped["openvino/dense-float"]
     assert dropped["onnxruntime/dense-float"] is None
+
+
+def test_weight_masks_thin_a_foreign_model_and_are_kept_through_quantization(folder: Path) -> None:
+    model = wide_network()
+    onnx.save(model, folder / "model.onnx")
+    words = [
+        "--runtime",
+        "onnxruntime",
+        "--pattern",
+        "unstructured",
+        "--sparsity",
+        "0.6",
+        "--objective",
+        "size",
+    ]
+    found = run(["build", "-c", str(folder), "--target", "host", "-q", "--keep-rungs", *words])
+    assert found == 0
+    build = folder / "build" / "net" / "host"
+    report = json.loads((build / "report.json").read_text())
+    assert [(layer["layer"], layer["weights"], layer["zeros"]) for layer in report["masks"]] == [
+        ("Conv_2", 8 * 8 * 9, round(0.6 * 8 * 8 * 9))
+    ]
+    rungs = {rung["name"]: rung for rung in report["manifest"]["rungs"]}
+    assert rungs["pruned-int8"]["pattern"] == "unstructured"
+    assert rungs["pruned-int8"]["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    for name in ("pruned-float", "pruned-int8"):
+        (file,) = (build / "rungs").glob(f"{name}-*.onnx")
+        tensors = [numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer]
+        inner = next(array for array in tensors if array.shape == (8, 8, 3, 3))
+        assert int((inner == 0).sum()) >= round(0.6 * 8 * 8 * 9)
+
+
+def wide_network() -> Model:
+    """The network with a second convolution, which a mask may thin."""
+    model = network()
+    kernel = RNG.standard_normal((8, 8, 3, 3)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(kernel, "inner"))
+    model.graph.node.insert(2, helper.make_node("Conv", ["b", "inner"], ["b2"], pads=[1, 1, 1, 1]))
+    model.graph.node[3].input[0] = "b2"
+    return model

@@ -78,7 +78,7 @@ def test_useless_sparsity_is_refused_and_objective_size_allows_it() -> None:
 def test_a_runtime_that_this_machine_lacks_gives_way_and_the_plan_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("deploy.planner.at_hand", lambda name: ("it",) if name == "openvino" else ())
+    monkeypatch.setattr("deploy.planner.at_hand", lambda name: name != "openvino")
     plan = planned("host")
     assert plan.runtime.name == "onnxruntime"
     assert plan.fallback is not None
@@ -156,3 +156,33 @@ def test_keys_that_nothing_acts_on_yet_are_told_and_not_ignored_in_silence() -> 
     notes = planned(budget={"speedup": 2.0}).notes
     assert any("budget.speedup" in note and "not read" in note for note in notes)
     assert not any("not read" in note for note in planned().notes)
+
+
+def test_each_runtime_is_pruned_by_the_pattern_that_it_gains_from() -> None:
+    plan = make_plan(project(), find("xeon"), accepted_licences=["deepsparse"])
+    assert (plan.runtime.name, plan.pattern, plan.licences) == ("deepsparse", "unstructured", ("deepsparse",))
+    patterns = {(rung.runtime, rung.pattern) for rung in plan.rungs if rung.pruned}
+    assert patterns == {
+        ("deepsparse", "unstructured"), ("openvino", "structured"), ("onnxruntime", "structured")
+    }  # fmt: skip
+    assert plan.prunings["structured"].multiple == 16
+    assert (plan.prunings["unstructured"].of, plan.prunings["unstructured"].sparsity) == ("weights", 0.8)
+    assert any("not production" in note for note in plan.notes)
+
+
+def test_a_sparsity_that_was_asked_for_is_the_planned_patterns_alone() -> None:
+    asked = project(prune={"sparsity": 0.9})
+    plan = make_plan(asked, find("xeon"), accepted_licences=["deepsparse"])
+    assert {rung.runtime for rung in plan.rungs if rung.pruned} == {"deepsparse"}
+    declined = make_plan(asked, find("xeon"))
+    assert {rung.pattern for rung in declined.rungs} == {"dense", "structured"}
+    little = make_plan(project(prune={"sparsity": 0.3}), find("xeon"), accepted_licences=["deepsparse"])
+    assert any("[target.xeon.prune] sparsity" in note for note in little.notes)
+
+
+def test_a_runtime_with_terms_is_not_named_without_accepting_them() -> None:
+    with pytest.raises(UsageError, match="--accept-license deepsparse"):
+        make_plan(project(), find("xeon"), runtimes=["deepsparse"])
+    asked = project(prune={"method": "channels"})
+    with pytest.raises(UsageError, match="unstructured sparsity"):
+        make_plan(asked, find("xeon"), accepted_licences=["deepsparse"])
