@@ -260,12 +260,12 @@ def test_the_table_ends_with_the_verdict(
     versions: dict[str, str | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["doctor"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"Builds can use {', '.join(EXPORTERS)}."
+    assert capsys.readouterr().out.splitlines()[-1] == f"Builds can use {', '.join(AT_HOME)}."
     versions["torch"] = None
     assert run(["doctor"]) == 3
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("broken")
-    assert lines[-1] == f"No build can work here yet: {', '.join(EXPORTERS)}."
+    assert lines[-1] == f"No build can work here yet: {', '.join(AT_HOME)}."
 
 
 def test_doctor_does_not_load_torch() -> None:
