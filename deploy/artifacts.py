@@ -13,6 +13,7 @@ from deploy.manifest import LayerSensitivity
 from deploy.planner import RungPlan
 from deploy.variants import Variants
 from deploy.workbench import Workbench, read_json, write_json
+from exporters import external_data
 from exporters.base import EXPORTERS, Delegated, Form, Quantization, find_exporter
 from targets.errors import IntegrityError, WrongOutputsError
 
@@ -61,6 +62,7 @@ class Converted(msgspec.Struct, frozen=True, kw_only=True):
 
     interface: Interface
     modules: dict[str, str]
+    companions: list[str] = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +214,11 @@ class Artifacts:
         found: Converted = read_json(entry.folder / "onnx.json", Converted)
         by_name = {spec.name: spec for spec in self._bench.specs}
         inputs = tuple(by_name[name] for name in found.interface.inputs)
-        return OnnxModel(file=entry.folder / ONNX, inputs=inputs, modules=found.modules), found.interface
+        companions = tuple(entry.folder / name for name in found.companions)
+        model = OnnxModel(
+            file=entry.folder / ONNX, inputs=inputs, modules=found.modules, companions=companions
+        )
+        return model, found.interface
 
     def _convert(self, pruned: bool, folder: Path) -> None:
         from exporters.onnx import to_onnx
@@ -222,7 +228,11 @@ class Artifacts:
             return
         captured = self._capture(pruned)
         model = to_onnx(captured, folder / ONNX)
-        converted = Converted(interface=_interface(captured), modules=dict(model.modules))
+        converted = Converted(
+            interface=_interface(captured),
+            modules=dict(model.modules),
+            companions=[each.name for each in model.companions],
+        )
         write_json(folder / "onnx.json", converted)
 
     def _convert_foreign(self, folder: Path) -> None:
@@ -230,14 +240,17 @@ class Artifacts:
         bench = self._bench
         file = bench.plan.project.path(bench.tables.model.source)
         model = foreign.prepared(file, bench.specs)
-        (folder / ONNX).write_bytes(model.SerializeToString(deterministic=True))
+        companions = external_data.save(model, folder / ONNX, folder=file.parent)
         outputs = [
             OutputInfo(name=name, shape=shape, dtype=dtype)
             for name, shape, dtype in foreign.outputs_of(model, list(bench.tables.outputs), file)
         ]
         interface = Interface(inputs=[spec.name for spec in bench.specs], outputs=outputs)
         modules = {node.name: node.name for node in model.graph.node}
-        write_json(folder / "onnx.json", Converted(interface=interface, modules=modules))
+        converted = Converted(
+            interface=interface, modules=modules, companions=[each.name for each in companions]
+        )
+        write_json(folder / "onnx.json", converted)
 
     def _capture(self, pruned: bool) -> "Captured":
         from exporters.capture import capture

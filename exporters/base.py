@@ -55,7 +55,10 @@ class Delegated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A file that a runtime loads, with those it needs beside it: same name, another ending."""
+    """A file that a runtime loads, with those it needs beside it.
+
+    A companion has the file's name with another ending, or a name of its own by which the file asks for it.
+    """
 
     runtime: str
     file: Path
