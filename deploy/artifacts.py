@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from deploy import foreign
+from deploy.builds import MIN_SNR_DB
 from deploy.manifest import LayerSensitivity
 from deploy.planner import RungPlan
 from deploy.variants import Variants
 from deploy.workbench import Workbench, read_json, write_json
 from exporters import external_data
-from exporters.base import EXPORTERS, Delegated, Form, Quantization, find_exporter
+from exporters.base import CONTROLLED, EXPORTERS, GAIN_DB, Delegated, Form, Quantization, find_exporter
 from targets.errors import IntegrityError, WrongOutputsError
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ SENSITIVITY_SAMPLES = 32
 SENSITIVITY_LAYERS = 50
 SENSITIVITY_MACS = 1e11
 HIGHEST_SNR_DB = 200.0
-MIXED_GAIN_DB = 6.0
-"""How much less noise a mixed rung aims at: half the amplitude."""
 
 
 class OutputInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,6 +105,7 @@ class Artifacts:
             "quantize": msgspec.to_builtins(tables.quantize) if rung.quantized else None,
             "calibration": self._bench.data_key("calibration") if rung.quantized else None,
             "kept_float": sorted(self._float_layers(rung)),
+            "least_snr_db": self._least_snr_db(rung),
         }
         entry = self._bench.stage(
             f"export {rung.name}", ingredients, lambda folder: self._export(rung, folder)
@@ -147,6 +147,7 @@ class Artifacts:
             reduce_range=plan.saturates,
             signed_activations=plan.signed_activations,
             transformer=any(spec.dtype.startswith("int") for spec in self._bench.specs),
+            least_snr_db=self._least_snr_db(rung),
         )
 
     def calibration(self, rung: RungPlan) -> list[dict[str, Any]]:
@@ -266,8 +267,13 @@ class Artifacts:
         from deploy.quantization.sensitivity import choose_float_layers, combined_snr_db
 
         pairs = [(layer.layer, layer.snr_db) for layer in self._measured(replace(rung, mixed=False))]
-        wanted = combined_snr_db([snr_db for _, snr_db in pairs]) + MIXED_GAIN_DB
+        wanted = combined_snr_db([snr_db for _, snr_db in pairs]) + GAIN_DB
         return {*choose_float_layers(pairs, wanted_snr_db=wanted).layers, *excluded}
+
+    def _least_snr_db(self, rung: RungPlan) -> float:
+        """What a controlled rung must reach; others do not look at their outputs."""
+        asked = self._bench.tables.parity.min_snr_db
+        return asked.get(rung.precision, MIN_SNR_DB[rung.precision]) if rung.variant == CONTROLLED else 0.0
 
     def _measured(self, rung: RungPlan) -> list[LayerSensitivity]:
         ingredients = {

@@ -68,6 +68,10 @@ class Artifact:
 
 
 Observer = Literal["min-max", "percentile", "mse"]
+GAIN_DB = 6.0
+"""How much less noise a second attempt at int8 aims at: half the amplitude."""
+CONTROLLED = "controlled"
+"""The variant of int8 whose quantizer puts operators back to float until outputs agree. It takes minutes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +79,8 @@ class Quantization:
     """How to quantize: the observer of activations, the modules that stay float, by path, and the variant.
 
     `reduce_range` asks for 7-bit weights, where products of 8 bits saturate; `signed_activations` for what
-    Arm's kernels take; `transformer` for the quantizer's preset of that kind.
+    Arm's kernels take; `transformer` for the quantizer's preset of that kind; `least_snr_db` is what outputs
+    must reach, for a variant that looks at them.
     """
 
     observer: Observer = "min-max"
@@ -84,6 +89,7 @@ class Quantization:
     reduce_range: bool = False
     signed_activations: bool = False
     transformer: bool = False
+    least_snr_db: float = 0.0
 
 
 class Session(Protocol):
@@ -151,7 +157,8 @@ class Entry:
     """A row of the table: where the exporter is, the form it starts from, what it needs and offers.
 
     `packages` is what a build takes, `runs_on` what running an artifact takes; `int8` holds the variants of
-    static int8 it can make, each with the packages that this takes.
+    static int8 it can make, each with the packages that this takes; those in `controlled` have a controlled
+    one too, tried where they cost too much accuracy.
     """
 
     attribute: str
@@ -160,6 +167,7 @@ class Entry:
     packages: tuple[str, ...]
     runs_on: tuple[str, ...]
     int8: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
+    controlled: tuple[str, ...] = ()
     dynamic_int8: bool = False
     weight_int4: bool = False
 
@@ -196,6 +204,7 @@ EXPORTERS: dict[str, Entry] = {
         packages=(*TORCH, "onnx", "onnxscript", "openvino", "nncf"),
         runs_on=("openvino",),
         int8={"": (), "qdq": ("onnxruntime",)},
+        controlled=("",),
     ),
 }
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from calibration.spec import TensorSpec
 from exporters.arrays import Arrays, checked, refusal
-from exporters.base import Artifact, Delegated, Operator, Quantization
+from exporters.base import CONTROLLED, Artifact, Delegated, Operator, Quantization
 from exporters.onnx import OnnxModel
 from exporters.quiet import quiet
 from targets.errors import DeployError, IntegrityError, ModelError
@@ -120,14 +120,22 @@ def quantize(model: Any, source: OnnxModel, calibration: Sequence[Arrays], quant
     present = {node.get_friendly_name() for node in model.get_ordered_ops()}
     names = [spec.name for spec in source.inputs]
     batches = [{name: batch[name] for name in names} for batch in calibration]
+    settings = {
+        "preset": nncf.QuantizationPreset.MIXED,
+        "model_type": nncf.ModelType.TRANSFORMER if quantization.transformer else None,
+        "ignored_scope": nncf.IgnoredScope(names=sorted(kept & present)),
+    }
+
+    def plain(items: Sequence[Arrays]) -> Any:
+        return nncf.quantize(model, nncf.Dataset(items), subset_size=len(items), **settings)
+
     with contextlib.redirect_stdout(io.StringIO()):  # it draws progress bars
-        return nncf.quantize(
-            model,
-            nncf.Dataset(batches),
-            subset_size=len(batches),
-            preset=nncf.QuantizationPreset.MIXED,
-            model_type=nncf.ModelType.TRANSFORMER if quantization.transformer else None,
-            ignored_scope=nncf.IgnoredScope(names=sorted(kept & present)),
+        if quantization.variant != CONTROLLED:
+            return plain(batches)
+        from exporters.accuracy_control import quantize_controlled
+
+        return quantize_controlled(
+            model, batches, least_snr_db=quantization.least_snr_db, plain=plain, settings=settings
         )
 
 
