@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -161,6 +161,13 @@ class Artifacts:
             return []
         kept = self._float_layers(rung)
         return [msgspec.structs.replace(each, kept_float=each.layer in kept) for each in self._measured(rung)]
+
+    def onnx(self, rung: RungPlan) -> "OnnxModel | None":
+        """The ONNX model that the rung's exporter starts from; None where it starts from a graph."""
+        if EXPORTERS[rung.runtime].accepts is not Form.ONNX:
+            return None
+        source, _ = self._source(rung)
+        return cast("OnnxModel", source)
 
     def _open(self, artifact: BuiltArtifact) -> "RemoteSession":
         from deploy.validation.remote import RemoteSession

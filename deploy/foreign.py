@@ -23,7 +23,6 @@ SUFFIX = ".onnx"
 LARGEST_BYTES = 2**31 - 1
 OLDEST_OPSET, QDQ_OPSET = 7, 13
 MOST_BATCH = 64
-EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 SHOWN = 5
 TYPES = {
@@ -205,7 +204,7 @@ def _session(model: "ModelProto", file: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    options.add_session_config_entry(EXTERNAL_FOLDER, str(file.parent))
+    options.add_session_config_entry(external_data.FOLDER_SETTING, str(file.parent))
     try:
         return onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]

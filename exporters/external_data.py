@@ -17,6 +17,8 @@ ALIGNMENT = 4096
 """Of tensors in the file: a page, so that they can be mapped into memory."""
 SUFFIX = ".data"
 HASH_LENGTH = 12
+FOLDER_SETTING = "session.model_external_initializers_file_folder_path"
+"""By which ONNX Runtime is told where the data of a model lie that it gets as bytes."""
 STRING = 8
 HALF_BYTES = (21, 22, 23)
 """ONNX's types of 4 bits: uint4, int4, float4e2m1."""
@@ -60,12 +62,17 @@ def tensors_of(graph: Any) -> list[Any]:
 
 def graphs_of(graph: Any) -> list[Any]:
     """A graph and those in the attributes of its nodes."""
-    found = [graph]
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                found += graphs_of(inner)
-    return found
+    return [graph, *(inner for node in graph.node for inner in inner_graphs(node))]
+
+
+def inner_graphs(node: Any) -> list[Any]:
+    """The graphs in the attributes of a node, and those inside them."""
+    own = [
+        graph
+        for attribute in node.attribute
+        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs)
+    ]
+    return [each for graph in own for each in graphs_of(graph)]
 
 
 def size_bytes(tensor: Any) -> int:

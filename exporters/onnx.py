@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,16 @@ def to_onnx(captured: Any, file: Path) -> OnnxModel:
         _name_dimensions_(model, captured)
         companions = external_data.save(model, file, folder=Path(scratch))
     return OnnxModel(file=file, inputs=captured.inputs, modules=modules, companions=companions)
+
+
+def add_outputs_(model: Any, names: Sequence[str]) -> list[str]:
+    """Makes values inside a model outputs too; returns those that it has."""
+    outputs = {value.name for value in model.graph.output}
+    made = {name for node in model.graph.node for name in node.output} - outputs
+    found = [name for name in names if name in made]
+    for name in found:
+        model.graph.output.add(name=name)
+    return found
 
 
 def _exported(captured: Any, scratch: Path) -> Any:

@@ -18,7 +18,7 @@ from calibration.spec import TensorSpec
 from exporters import external_data
 from exporters.arrays import Arrays, checked, refusal
 from exporters.base import Artifact, Delegated, Operator, Quantization
-from exporters.onnx import OnnxModel
+from exporters.onnx import OnnxModel, add_outputs_
 from exporters.quiet import quiet
 from targets.errors import DeployError, IntegrityError, ModelError, first_line
 
@@ -67,6 +67,15 @@ class OnnxRuntimeExporter:
         return Artifact(
             runtime=self.runtime, file=file, precision=precision, delegated=kernels, companions=companions
         )
+
+    def tapped(self, artifact: Path, names: Sequence[str], file: Path) -> list[str]:
+        """Writes a copy of an artifact that answers values inside it too; returns those that it has."""
+        import onnx
+
+        model = onnx.load(str(artifact), load_external_data=False)
+        found = add_outputs_(model, names)
+        external_data.save(model, file, folder=artifact.parent)
+        return found
 
     def load_runtime(self) -> None:
         """Imports the runtime."""

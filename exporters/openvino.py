@@ -95,6 +95,20 @@ class OpenVinoExporter:
                 return core.read_model(str(file))
         return quantize(core.read_model(str(source.file)), source, calibration, quantization)
 
+    def tapped(self, artifact: Path, names: Sequence[str], file: Path) -> list[str]:
+        """Writes a copy of an artifact that answers values inside it too; returns those that it has."""
+        ov = _openvino()
+        model = ov.Core().read_model(str(artifact))
+        answered = {name for output in model.outputs for name in output.get_names()}
+        made = {
+            name for node in model.get_ordered_ops() for port in node.outputs() for name in port.get_names()
+        }
+        found = [name for name in names if name in made - answered]
+        if found:
+            model.add_outputs(found)
+        ov.save_model(model, str(file), compress_to_fp16=False)
+        return found
+
     def load_runtime(self) -> None:
         """Imports the runtime."""
         _openvino()
