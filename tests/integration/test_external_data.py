@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from calibration.compare import snr_db
 from calibration.spec import TensorSpec
 from deploy import foreign
+from deploy.bundling import server
 from deploy.bundling.modelserver import triton_files
 from deploy.cli.main import run
 from deploy.manifest import Manifest
@@ -181,6 +182,7 @@ def test_a_build_is_published_validated_served_and_laid_out_for_other_servers(tm
     assert run(["validate", str(build)]) == 0
     model = load(build)
     assert model is not None
+    assert {f"model/{program.path}", f"model/{data.path}"} <= server._model_files(build, manifest).keys()
     layout = triton_files(build, manifest)
     assert {"net/1/model.onnx", f"net/1/{data.path}"} < layout.keys()
 
