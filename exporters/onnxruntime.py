@@ -34,6 +34,8 @@ INTEGER_OPERATORS = (
 )  # fmt: skip
 BLOCK, INT8_ACTIVATIONS = 32, 4
 """Of 4-bit weights: weights that share a scale, and the contrib operator's level that computes in int8."""
+DEQUANTIZED = "_DequantizeLinear_Output"
+"""What the quantizer appends to the name of a value for the one that stands in for it."""
 CALIBRATORS = {"min-max": "MinMax", "percentile": "Percentile", "mse": "Entropy"}
 """By deploy.toml's observers; the nearest to the mean square that ONNX Runtime has is the KL divergence."""
 
@@ -68,14 +70,20 @@ class OnnxRuntimeExporter:
             runtime=self.runtime, file=file, precision=precision, delegated=kernels, companions=companions
         )
 
-    def tapped(self, artifact: Path, names: Sequence[str], file: Path) -> list[str]:
-        """Writes a copy of an artifact that answers values inside it too; returns those that it has."""
+    def tapped(self, artifact: Path, names: Sequence[str], file: Path) -> dict[str, str]:
+        """Writes a copy of an artifact that answers values inside it too; returns their names there.
+
+        Of a quantized value it is what the operators behind it read: a ReLU may be done by quantizing alone.
+        """
         import onnx
 
         model = onnx.load(str(artifact), load_external_data=False)
-        found = add_outputs_(model, names)
+        made = {name for node in model.graph.node for name in node.output}
+        read = {name: f"{name}{DEQUANTIZED}" for name in names}
+        wanted = {name: read[name] if read[name] in made else name for name in names}
+        found = {*add_outputs_(model, list(wanted.values()))}
         external_data.save(model, file, folder=artifact.parent)
-        return found
+        return {name: there for name, there in wanted.items() if there in found}
 
     def load_runtime(self) -> None:
         """Imports the runtime."""

@@ -95,8 +95,8 @@ class OpenVinoExporter:
                 return core.read_model(str(file))
         return quantize(core.read_model(str(source.file)), source, calibration, quantization)
 
-    def tapped(self, artifact: Path, names: Sequence[str], file: Path) -> list[str]:
-        """Writes a copy of an artifact that answers values inside it too; returns those that it has."""
+    def tapped(self, artifact: Path, names: Sequence[str], file: Path) -> dict[str, str]:
+        """Writes a copy of an artifact that answers values inside it too; returns their names there."""
         ov = _openvino()
         model = ov.Core().read_model(str(artifact))
         answered = {name for output in model.outputs for name in output.get_names()}
@@ -107,7 +107,7 @@ class OpenVinoExporter:
         if found:
             model.add_outputs(found)
         ov.save_model(model, str(file), compress_to_fp16=False)
-        return found
+        return {name: name for name in found}
 
     def load_runtime(self) -> None:
         """Imports the runtime."""

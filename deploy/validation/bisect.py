@@ -143,8 +143,8 @@ class TappedExporter(Protocol):
 
     suffix: str
 
-    def tapped(self, artifact: Path, names: Sequence[str], file: Path) -> list[str]:
-        """Writes a copy of an artifact that answers these ONNX values too; returns those that it has."""
+    def tapped(self, artifact: Path, names: Sequence[str], file: Path) -> dict[str, str]:
+        """Writes a copy of an artifact that answers these ONNX values too; returns their names there."""
         ...
 
 
@@ -285,8 +285,9 @@ def _first_wrong_conversion(
         for name in names:
             if found[name].dtype.kind == "f":
                 near = known.get(modules[name]) or list(computed.values())
-                right[name] = _appears(found[name], near, least)
-    return _place_of(onnx_values.first_wrong(values, right), "every value of the ONNX model is in the graph")
+                right[name] = any(_is_near(value, found[name], least) for value in near)
+    wrong = onnx_values.first_wrong(values, onnx_values.forgiven(values, right))
+    return _place_of(wrong, "every value of the ONNX model is in the graph")
 
 
 def _first_wrong_inside(
@@ -297,16 +298,25 @@ def _first_wrong_inside(
     for names in onnx_values.in_chunks(values, MAX_TAPS):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"bisect{exporter.suffix}"
-            found = [*case.outputs, *exporter.tapped(case.artifact, names, file)]
-            candidate = _runtime_answers(case, file, found, batches)
+            tapped = exporter.tapped(case.artifact, names, file)
+            candidate = _runtime_answers(case, file, [*case.outputs, *tapped.values()], batches)
+        found = [*case.outputs, *tapped]
         reference = onnx_values.run_unoptimised(model, found, batches)
         for index, name in enumerate(found):
-            one, other = [[r[name]] for r in reference], [[c[index]] for c in candidate]
-            if one[0][0].dtype.kind == other[0][0].dtype.kind == "f":
-                right[name] = right.get(name, True) and not _differs(one, other, case.least_snr_db)
+            pairs = [(r[name], c[index]) for r, c in zip(reference, candidate, strict=True)]
+            if all(array.dtype.kind == "f" for pair in pairs for array in pair):
+                near = all(_is_near(one, other, case.least_snr_db) for one, other in pairs)
+                right[name] = right.get(name, True) and near
     return _place_of(
         onnx_values.first_wrong(values, right), "it is right as soon as values inside are looked at"
     )
+
+
+def _is_near(one: Array, other: Array, least: float) -> bool:
+    if one.size != other.size:
+        return False
+    apart = onnx_values.telling(one, other)
+    return not apart[0].size or _snr_db([[apart[0]]], [[apart[1]]]) >= least
 
 
 def _place_of(value: onnx_values.Inner | None, otherwise: str) -> Place:

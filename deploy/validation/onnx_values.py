@@ -13,6 +13,9 @@ from exporters.onnx import OnnxModel, add_outputs_
 Array = np.ndarray[Any, Any]
 Inputs = Mapping[str, Array]
 
+DROWNING = 1e4
+"""So many times larger a number hides differences below 80 dB."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inner:
@@ -73,16 +76,31 @@ def run_unoptimised(
 
 
 def first_wrong(values: Sequence[Inner], right: Mapping[str, bool]) -> Inner | None:
-    """The first value that is wrong, by what was found of those that could be compared.
+    """The first value that is wrong, by what was found of those that could be compared."""
+    return next((value for value in values if not right.get(value.name, True)), None)
 
-    A value without its like on the other side is no fault where something made from it is right: operators
-    are written as several.
+
+def forgiven(values: Sequence[Inner], right: Mapping[str, bool]) -> dict[str, bool]:
+    """What was found, but for values from which their own module makes a right one.
+
+    ONNX writes many an operator as several, whose values in between have no like in the user's graph.
     """
+    modules = {value.name: value.module for value in values}
     sound: dict[str, bool] = {}
     for value in reversed(values):
+        own = [name for name in value.readers if modules.get(name) == value.module]
         if value.name in right:
-            sound[value.name] = right[value.name] or any(sound.get(name, False) for name in value.readers)
-    return next((value for value in values if not sound.get(value.name, True)), None)
+            sound[value.name] = right[value.name] or any(sound.get(name, False) for name in own)
+    return sound
+
+
+def telling(one: Array, other: Array) -> tuple[Array, Array]:
+    """Two arrays of one size without the equal numbers that drown all that differ, such as a mask's -1e9."""
+    one, other = one.ravel(), other.ravel()
+    apart = one != other
+    largest = float(np.abs(one[apart]).max(initial=0.0))
+    kept = apart | (np.abs(one) <= DROWNING * largest)
+    return one[kept], other[kept]
 
 
 def in_chunks(values: Sequence[Inner], size: int) -> Iterator[list[str]]:

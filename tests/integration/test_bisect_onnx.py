@@ -16,6 +16,7 @@ from calibration.dataset import synthetic
 from calibration.spec import TensorSpec
 from deploy.cli.main import run
 from deploy.validation.bisect import Case, Finding, UnclearError, bisect
+from deploy.validation.onnx_values import telling
 from exporters.base import Quantization, find_exporter
 from exporters.capture import capture
 from exporters.onnx import OnnxModel, to_onnx
@@ -214,3 +215,11 @@ def test_a_build_says_which_module_of_the_user_became_wrong(
     error = capsys.readouterr().err
     assert "the first stage to differ is convert" in error
     assert "first in 1 (LeakyRelu)" in error
+
+
+def test_a_mask_does_not_drown_the_numbers_beside_it() -> None:
+    masked = np.array([-1e9, 1.0, 2.0], np.float32)
+    one, other = telling(masked, masked + np.array([0, 1, 0], np.float32))
+    assert one.tolist() == [1.0, 2.0]
+    assert other.tolist() == [2.0, 2.0]
+    assert telling(masked, masked)[0].size == 0
