@@ -5,16 +5,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from deploy import foreign
+from deploy.builds import MIN_SNR_DB
 from deploy.manifest import LayerSensitivity
 from deploy.planner import RungPlan
 from deploy.variants import Variants
 from deploy.workbench import Workbench, read_json, write_json
-from exporters.base import EXPORTERS, Delegated, Form, Quantization, dense_twin, find_exporter
+from exporters import external_data
+from exporters.base import (
+    CONTROLLED,
+    EXPORTERS,
+    GAIN_DB,
+    Delegated,
+    Form,
+    Quantization,
+    dense_twin,
+    find_exporter,
+)
 from exporters.isolated.environment import prepare
 from targets.errors import IntegrityError, WrongOutputsError
 
@@ -28,8 +39,6 @@ SENSITIVITY_SAMPLES = 32
 SENSITIVITY_LAYERS = 50
 SENSITIVITY_MACS = 1e11
 HIGHEST_SNR_DB = 200.0
-MIXED_GAIN_DB = 6.0
-"""How much less noise a mixed rung aims at: half the amplitude."""
 
 
 class OutputInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +72,7 @@ class Converted(msgspec.Struct, frozen=True, kw_only=True):
 
     interface: Interface
     modules: dict[str, str]
+    companions: list[str] = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +116,7 @@ class Artifacts:
             "quantize": msgspec.to_builtins(tables.quantize) if rung.quantized else None,
             "calibration": self._bench.data_key("calibration") if rung.quantized else None,
             "kept_float": sorted(self._float_layers(rung)),
+            "least_snr_db": self._least_snr_db(rung),
         }
         entry = self._bench.stage(
             f"export {rung.name}", ingredients, lambda folder: self._export(rung, folder)
@@ -156,6 +167,7 @@ class Artifacts:
             reduce_range=plan.saturates,
             signed_activations=plan.signed_activations,
             transformer=any(spec.dtype.startswith("int") for spec in self._bench.specs),
+            least_snr_db=self._least_snr_db(rung),
         )
 
     def calibration(self, rung: RungPlan) -> list[dict[str, Any]]:
@@ -169,6 +181,13 @@ class Artifacts:
             return []
         kept = self._float_layers(rung)
         return [msgspec.structs.replace(each, kept_float=each.layer in kept) for each in self._measured(rung)]
+
+    def onnx(self, rung: RungPlan) -> "OnnxModel | None":
+        """The ONNX model that the rung's exporter starts from; None where it starts from a graph."""
+        if EXPORTERS[rung.runtime].accepts is not Form.ONNX:
+            return None
+        source, _ = self._source(rung)
+        return cast("OnnxModel", source)
 
     def _open(self, artifact: BuiltArtifact) -> "RemoteSession":
         from exporters.remote import RemoteSession
@@ -228,7 +247,11 @@ class Artifacts:
         found: Converted = read_json(entry.folder / "onnx.json", Converted)
         by_name = {spec.name: spec for spec in self._bench.specs}
         inputs = tuple(by_name[name] for name in found.interface.inputs)
-        return OnnxModel(file=entry.folder / ONNX, inputs=inputs, modules=found.modules), found.interface
+        companions = tuple(entry.folder / name for name in found.companions)
+        model = OnnxModel(
+            file=entry.folder / ONNX, inputs=inputs, modules=found.modules, companions=companions
+        )
+        return model, found.interface
 
     def _convert(self, pattern: str, folder: Path) -> None:
         from exporters.onnx import to_onnx
@@ -238,7 +261,11 @@ class Artifacts:
             return
         captured = self._capture(pattern)
         model = to_onnx(captured, folder / ONNX)
-        converted = Converted(interface=_interface(captured), modules=dict(model.modules))
+        converted = Converted(
+            interface=_interface(captured),
+            modules=dict(model.modules),
+            companions=[each.name for each in model.companions],
+        )
         write_json(folder / "onnx.json", converted)
 
     def _convert_foreign(self, pattern: str, folder: Path) -> None:
@@ -246,14 +273,17 @@ class Artifacts:
         bench = self._bench
         file = self._variants.onnx_file(pattern)
         model = foreign.prepared(file, bench.specs)
-        (folder / ONNX).write_bytes(model.SerializeToString(deterministic=True))
+        companions = external_data.save(model, folder / ONNX, folder=file.parent)
         outputs = [
             OutputInfo(name=name, shape=shape, dtype=dtype)
             for name, shape, dtype in foreign.outputs_of(model, list(bench.tables.outputs), file)
         ]
         interface = Interface(inputs=[spec.name for spec in bench.specs], outputs=outputs)
         modules = {node.name: node.name for node in model.graph.node}
-        write_json(folder / "onnx.json", Converted(interface=interface, modules=modules))
+        converted = Converted(
+            interface=interface, modules=modules, companions=[each.name for each in companions]
+        )
+        write_json(folder / "onnx.json", converted)
 
     def _capture(self, pattern: str) -> "Captured":
         from exporters.capture import capture
@@ -269,8 +299,13 @@ class Artifacts:
         from deploy.quantization.sensitivity import choose_float_layers, combined_snr_db
 
         pairs = [(layer.layer, layer.snr_db) for layer in self._measured(replace(rung, mixed=False))]
-        wanted = combined_snr_db([snr_db for _, snr_db in pairs]) + MIXED_GAIN_DB
+        wanted = combined_snr_db([snr_db for _, snr_db in pairs]) + GAIN_DB
         return {*choose_float_layers(pairs, wanted_snr_db=wanted).layers, *excluded}
+
+    def _least_snr_db(self, rung: RungPlan) -> float:
+        """What a controlled rung must reach; others do not look at their outputs."""
+        asked = self._bench.tables.parity.min_snr_db
+        return asked.get(rung.precision, MIN_SNR_DB[rung.precision]) if rung.variant == CONTROLLED else 0.0
 
     def _measured(self, rung: RungPlan) -> list[LayerSensitivity]:
         ingredients = {

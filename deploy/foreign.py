@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.spec import TensorSpec
 from deploy.cache import digest, file_digest
+from exporters import external_data
 from targets.errors import MissingRequirementError, ModelError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def is_model(source: str | Path) -> bool:
 def default_inputs(file: Path) -> dict[str, dict[str, Any]]:
     """The tables [inputs.NAME] that the model declares; a first dimension without a size is the batch."""
     tables: dict[str, dict[str, Any]] = {}
-    for value in _inputs(read(file)):
+    for value in _inputs(_parsed(file)):
         shape: list[int | str] = []
         for axis, dimension in enumerate(value.type.tensor_type.shape.dim):
             name = "batch" if axis == 0 else dimension.dim_param or f"{value.name}_{axis}"
@@ -56,7 +57,7 @@ def fingerprint(file: Path) -> str:
 
 
 def read(file: Path) -> "ModelProto":
-    """The model, whole and valid, its external data inside.
+    """The model, valid. External data stay outside, but for shapes and the like; they are beside `file`.
 
     Raises UsageError where the file is missing, MissingRequirementError where ONNX is not installed, and
     ModelError for what is damaged, too large, of an unknown opset or domain, inconsistent, or reaches outside
@@ -64,16 +65,15 @@ def read(file: Path) -> "ModelProto":
     """
     model = _parsed(file)
     _check_external(model, file)
+    _check_extents(model, file)
+    _check_opsets(model, file)
     import onnx
 
-    if model.ByteSize() + _external_bytes(model, file) > LARGEST_BYTES:
-        raise ModelError(
-            f"{file.name} is too large", expected="at most 2 GB with its data", fix="split the model"
-        )
-    _check_opsets(model, file)
     try:
-        onnx.load_external_data_for_model(model, str(file.parent))
-        onnx.checker.check_model(model, full_check=True)
+        external_data.load_(
+            external_data.tensors_of(model.graph), file.parent, below=external_data.SMALLEST_BYTES
+        )
+        onnx.checker.check_model(str(file), full_check=True)
     except Exception as error:  # onnx raises kinds of its own, and whatever protobuf raises
         raise ModelError(
             f"{file.name} is no valid ONNX model",
@@ -204,6 +204,7 @@ def _session(model: "ModelProto", file: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    options.add_session_config_entry(external_data.FOLDER_SETTING, str(file.parent))
     try:
         return onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -253,24 +254,11 @@ def _parsed(file: Path) -> "ModelProto":
     return model
 
 
-def _tensors(model: "ModelProto") -> list[Any]:
-    """Every tensor of the graph and of the graphs inside its nodes."""
-    from exporters.onnx import graphs_of
-
-    found = []
-    for graph in graphs_of(model.graph):
-        found += list(graph.initializer)
-        for node in graph.node:
-            for attribute in node.attribute:
-                found += ([attribute.t] if attribute.HasField("t") else []) + list(attribute.tensors)
-    return found
-
-
 def _locations(model: "ModelProto") -> set[str]:
     """The files that hold external data."""
     return {
         entry.value
-        for tensor in _tensors(model)
+        for tensor in external_data.tensors_of(model.graph)
         for entry in tensor.external_data
         if entry.key == "location" and tensor.data_location == tensor.EXTERNAL
     }
@@ -299,8 +287,28 @@ def _check_external(model: "ModelProto", file: Path) -> None:
             )
 
 
-def _external_bytes(model: "ModelProto", file: Path) -> int:
-    return sum((file.parent / name).stat().st_size for name in _locations(model))
+def _check_extents(model: "ModelProto", file: Path) -> None:
+    """Every tensor's part of the external data is there and has the size of its shape. Raises ModelError."""
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    for tensor in filter(uses_external_data, external_data.tensors_of(model.graph)):
+        try:
+            told, wanted = ExternalDataInfo(tensor), external_data.size_bytes(tensor)
+        except (ValueError, KeyError) as error:
+            raise _wrong_extent(tensor, file, f"a size or type that is none: {error}") from error
+        size, start = (file.parent / told.location).stat().st_size, told.offset or 0
+        length = size - start if told.length is None else told.length
+        if start + length > size or length != wanted:
+            raise _wrong_extent(tensor, file, f"{length} bytes from {start} of {size}, {wanted} by its shape")
+
+
+def _wrong_extent(tensor: Any, file: Path, found: str) -> ModelError:
+    return ModelError(
+        f"{file.name} names external data that do not fit {tensor.name[:100]!r}",
+        found=found,
+        expected="as many bytes as its shape and type take",
+        fix="export it again",
+    )
 
 
 def _check_opsets(model: "ModelProto", file: Path) -> None:

@@ -48,6 +48,11 @@ class Initialised:
     data: Mapping[str, str]
     notes: tuple[str, ...]
 
+    @property
+    def target(self) -> str:
+        """A target to begin with: one whose first runtime can start from this model."""
+        return _target(self.source)
+
 
 @dataclass(slots=True, kw_only=True)
 class _Findings:
@@ -444,8 +449,9 @@ def _toml(found: _Findings) -> str:
 
 def _model_part(found: _Findings) -> Iterator[str]:
     yield "# Written by deploy init: it builds as it is. Paths are relative to this file."
-    yield "#     deploy plan --target galaxy-s22      what would be done, and why"
-    yield "#     deploy build --target galaxy-s22     does it"
+    target = _target(found.source)
+    yield f"#     deploy plan --target {target}{' ' * 6}what would be done, and why"
+    yield f"#     deploy build --target {target}{' ' * 5}does it"
     yield from (f"# Note: {_one_line(note)}." for note in found.notes)
     yield ""
     yield "[model]"
@@ -455,6 +461,11 @@ def _model_part(found: _Findings) -> Iterator[str]:
         yield _line("weights", found.weights)
     elif ".py:" in found.source:
         yield '# weights = "model.safetensors"     # a state dict, loaded into what the factory returns'
+
+
+def _target(source: str) -> str:
+    """A phone's first runtime starts from torch: an ONNX model begins on this machine."""
+    return "host" if foreign.is_model(source) else "galaxy-s22"
 
 
 def _inputs_part(found: _Findings) -> Iterator[str]:

@@ -187,6 +187,8 @@ class Judging:
             calibration=self._artifacts.calibration(rung),
             quantization=self._artifacts.quantization(rung),
             threads=bench.threads,
+            onnx=self._artifacts.onnx(rung),
+            traceable=not bench.foreign,
         )
         return explain(case)
 

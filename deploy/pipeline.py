@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy import ladder
-from deploy.artifacts import MIXED_GAIN_DB, Artifacts, BuiltArtifact
+from deploy.artifacts import Artifacts, BuiltArtifact
 from deploy.judging import Judging
 from deploy.manifest import SparseExecution
 from deploy.planner import Plan, RungPlan
 from deploy.variants import Variants
 from deploy.workbench import Workbench, read_json
-from exporters.base import EXPORTERS
+from exporters.base import CONTROLLED, EXPORTERS, GAIN_DB
 from targets.errors import DeployError, MissingRequirementError, ModelError, WrongOutputsError
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ class Pipeline:
         """Every rung of the plan: made, validated and timed. Raises for a wrong float32 export."""
         made = [self._make(rung) for rung in self._planned()]
         made += [self._make(replace(rung.plan, mixed=True)) for rung in made if self._wants_mixed(rung, made)]
+        made += [
+            self._make(replace(rung.plan, variant=CONTROLLED))
+            for rung in made
+            if self._wants_control(rung, made)
+        ]
         sound = [rung.artifact for rung in made if rung.artifact and rung.dropped is None]
         timings, rates = self.judging.time(sound), self.judging.rates(sound)
         return [
@@ -99,20 +104,35 @@ class Pipeline:
         return rung.precision != "float32" or lacks or (EXPORTERS[rung.runtime].isolated and rung.competes)
 
     def _wants_mixed(self, rung: RungResult, made: list[RungResult]) -> bool:
-        """Whether quantization costs accuracy that some layers in float would bring back."""
+        """Whether quantization costs accuracy that a few layers in float would bring back."""
+        if self.bench.foreign or not self._too_noisy(rung, made):
+            return False
+        assert rung.validated is not None
+        parity = rung.validated.parity
+        return rung.dropped is None or parity.snr_db >= (parity.min_snr_db or 0.0) - GAIN_DB
+
+    def _wants_control(self, rung: RungResult, made: list[RungResult]) -> bool:
+        """Whether quantization costs accuracy, and its quantizer can look for the operators that do it.
+
+        That takes minutes: a mixed rung that may ship spares them.
+        """
+        controlled = EXPORTERS[rung.plan.runtime].controlled
+        if rung.plan.mixed or rung.plan.variant not in controlled or not self._too_noisy(rung, made):
+            return False
+        mixed = [other for other in made if other.plan == replace(rung.plan, mixed=True)]
+        return not any(self._sound(other) for other in mixed)
+
+    def _too_noisy(self, rung: RungResult, made: list[RungResult]) -> bool:
+        """Whether a rung in static int8 may not ship for its outputs, while the float ones may."""
         plan = self.bench.plan
         if rung.plan.precision != "int8" or len(plan.rungs) == 1 or rung.validated is None:
             return False
-        if self.bench.foreign:
-            return False
         same = [r for r in made if (r.plan.runtime, r.plan.pattern) == (rung.plan.runtime, rung.plan.pattern)]
         floats = [r for r in same if r.plan.precision == "float32"]
-        if any(accuracy_fails(plan, other) for other in floats):
-            return False
-        if rung.dropped is None:
-            return accuracy_fails(plan, rung) is not None
-        parity = rung.validated.parity
-        return parity.snr_db >= (parity.min_snr_db or 0.0) - MIXED_GAIN_DB
+        return not self._sound(rung) and not any(accuracy_fails(plan, other) for other in floats)
+
+    def _sound(self, rung: RungResult) -> bool:
+        return rung.dropped is None and accuracy_fails(self.bench.plan, rung) is None
 
 
 def _unskipped(zeros: SparseExecution | None) -> str | None:

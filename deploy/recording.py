@@ -256,10 +256,19 @@ def _provenance(pipeline: Pipeline) -> Provenance:
 
 
 def artifact_names(artifact: BuiltArtifact, *, prefix: str = "model") -> dict[str, Path]:
-    """An artifact's files by their names in the build: one hash over all of them, the program first."""
+    """An artifact's files by their names in the build: one hash over all of them, the program first.
+
+    A companion whose name is not the program's keeps it: the program asks for it by that.
+    """
     digests = [file_digest(file) for file in artifact.files]
     whole = digests[0] if len(digests) == 1 else digest(digests)
-    return {f"{prefix}-{whole[:HASH_LENGTH]}{file.suffix}": file for file in artifact.files}
+    own = Path(prefix)
+    return {
+        f"{prefix}-{whole[:HASH_LENGTH]}{file.suffix}"
+        if file.stem == artifact.file.stem
+        else own.with_name(file.name).as_posix(): file
+        for file in artifact.files
+    }
 
 
 def _artifact_files(plan: Plan, artifact: BuiltArtifact) -> list[File]:

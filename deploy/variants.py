@@ -11,6 +11,7 @@ from deploy.cache import Entry
 from deploy.manifest import Asked, LayerWeights, LayerWidths, RecoveryPoint
 from deploy.planner import Pruning
 from deploy.workbench import Workbench, read_json, write_json
+from exporters import external_data
 from targets.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -181,11 +182,13 @@ class Variants:
     def _mask_foreign(self, pruning: Pruning, folder: Path) -> Pruned:
         from deploy.pruning import onnx_masks
 
-        model = foreign.prepared(self.onnx_file(DENSE), self._bench.specs)
+        file = self.onnx_file(DENSE)
+        model = foreign.prepared(file, self._bench.specs)
+        external_data.load_(external_data.tensors_of(model.graph), file.parent)
         found = onnx_masks.magnitude_masks_(
             model.graph, sparsity=pruning.sparsity, ranking=pruning.ranking, exclude=pruning.exclude
         )
-        (folder / ONNX_MODULE).write_bytes(model.SerializeToString(deterministic=True))
+        external_data.save(model, folder / ONNX_MODULE)
         return _masked(found, pruning)
 
     def _recover(self, pattern: str) -> Entry:

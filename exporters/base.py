@@ -56,7 +56,10 @@ class Delegated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A file that a runtime loads, with those it needs beside it: same name, another ending."""
+    """A file that a runtime loads, with those it needs beside it.
+
+    A companion has the file's name with another ending, or a name of its own by which the file asks for it.
+    """
 
     runtime: str
     file: Path
@@ -66,6 +69,10 @@ class Artifact:
 
 
 Observer = Literal["min-max", "percentile", "mse"]
+GAIN_DB = 6.0
+"""How much less noise a second attempt at int8 aims at: half the amplitude."""
+CONTROLLED = "controlled"
+"""The variant of int8 whose quantizer puts operators back to float until outputs agree. It takes minutes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +80,8 @@ class Quantization:
     """How to quantize: the observer of activations, the modules that stay float, by path, and the variant.
 
     `reduce_range` asks for 7-bit weights, where products of 8 bits saturate; `signed_activations` for what
-    Arm's kernels take; `transformer` for the quantizer's preset of that kind.
+    Arm's kernels take; `transformer` for the quantizer's preset of that kind; `least_snr_db` is what outputs
+    must reach, for a variant that looks at them.
     """
 
     observer: Observer = "min-max"
@@ -82,6 +90,7 @@ class Quantization:
     reduce_range: bool = False
     signed_activations: bool = False
     transformer: bool = False
+    least_snr_db: float = 0.0
 
 
 class Session(Protocol):
@@ -149,7 +158,8 @@ class Entry:
     """A row of the table: where the exporter is, the form it starts from, what it needs and offers.
 
     `packages` is what a build takes, `runs_on` what running an artifact takes; `int8` holds the variants of
-    static int8 it can make, each with the packages that this takes. An isolated runtime runs in an
+    static int8 it can make, each with the packages that this takes; those in `controlled` have a
+    controlled one too, tried where they cost too much accuracy. An isolated runtime runs in an
     environment of its own (exporters/isolated); `dense_twin` is the function that fills an artifact's masked
     weights, to time its zeros against.
     """
@@ -160,6 +170,7 @@ class Entry:
     packages: tuple[str, ...]
     runs_on: tuple[str, ...]
     int8: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
+    controlled: tuple[str, ...] = ()
     dynamic_int8: bool = False
     weight_int4: bool = False
     isolated: bool = False
@@ -203,6 +214,7 @@ EXPORTERS: dict[str, Entry] = {
         packages=(*TORCH, "onnx", "onnxscript", "openvino", "nncf"),
         runs_on=("openvino",),
         int8={"": (), "qdq": ("onnxruntime",)},
+        controlled=("",),
     ),
     "deepsparse": Entry(
         attribute="exporters.deepsparse:DeepSparseExporter",

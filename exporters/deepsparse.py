@@ -58,6 +58,13 @@ class DeepSparseExporter:
         import onnx
 
         _check_dimensions(source.inputs)
+        if source.companions:
+            raise ModelError(
+                "deepsparse reads one file",
+                found="weights over 2 GB beside the model",
+                expected="a model that protobuf holds",
+                fix="leave deepsparse out",
+            )
         model = onnx.load(str(source.file))
         accept_(model)
         if precision == "int8":

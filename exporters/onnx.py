@@ -1,19 +1,21 @@
 """ONNX models by torch's dynamo exporter: the form that several runtimes start from."""
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calibration.spec import TensorSpec
+from exporters import external_data
+from exporters.external_data import graphs_of
 from exporters.quiet import quiet
 from targets.errors import DeployError, ModelError, first_line
 
 OPSET = 18
 IR_VERSION = 10
-LARGEST_BYTES = 2**31 - 1
-"""What protobuf can hold."""
+WEIGHTS = "weights"
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -22,12 +24,13 @@ class OnnxModel:
     """A float ONNX model on disk.
 
     `inputs` stand in the model's order; `modules` maps a node's name to the path of the user's module that it
-    came from.
+    came from; `companions` hold the weights of a model too large for one file.
     """
 
     file: Path
     inputs: tuple[TensorSpec, ...]
     modules: Mapping[str, str]
+    companions: tuple[Path, ...] = ()
 
     def nodes_in(self, paths: tuple[str, ...]) -> list[str]:
         """The nodes of these modules and of all below them."""
@@ -44,6 +47,35 @@ def to_onnx(captured: Any, file: Path) -> OnnxModel:
     What torch notes beside each node (source lines with their folders) is left out of the file. Raises
     ModelError for operators that have no ONNX form.
     """
+
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        model = _exported(captured, Path(scratch))
+        modules = {node.name: _module_path(node) for node in model.graph.node}
+        _rename_(
+            model.graph,
+            [spec.name for spec in captured.inputs],
+            [output.name for output in captured.outputs],
+        )
+        _strip_(model)
+        _forget_weight_shapes_(model.graph)
+        _name_dimensions_(model, captured)
+        companions = external_data.save(model, file, folder=Path(scratch))
+    return OnnxModel(file=file, inputs=captured.inputs, modules=modules, companions=companions)
+
+
+def add_outputs_(model: Any, names: Sequence[str]) -> list[str]:
+    """Makes values inside a model outputs too; returns those that it has."""
+    outputs = {value.name for value in model.graph.output}
+    made = {name for node in model.graph.node for name in node.output} - outputs
+    found = [name for name in names if name in made]
+    for name in found:
+        model.graph.output.add(name=name)
+    return found
+
+
+def _exported(captured: Any, scratch: Path) -> Any:
+    """The graph as torch writes it; weights that one file cannot hold go into `scratch` without a copy."""
+    import onnx_ir
     import torch
 
     try:
@@ -55,7 +87,10 @@ def to_onnx(captured: Any, file: Path) -> OnnxModel:
                 verbose=False,
             )
             assert program is not None
-            model = program.model_proto
+            weights = (value.const_value for value in program.model.graph.initializers.values())
+            if sum(tensor.nbytes for tensor in weights if tensor) > external_data.LARGEST_BYTES:
+                onnx_ir.external_data.unload_from_model(program.model, scratch, WEIGHTS)
+            return program.model_proto
     except DeployError:
         raise
     except Exception as error:
@@ -64,22 +99,6 @@ def to_onnx(captured: Any, file: Path) -> OnnxModel:
             found=first_line(error.__cause__ or error),
             fix="replace the operator it names, or choose --runtime executorch",
         ) from error
-    modules = {node.name: _module_path(node) for node in model.graph.node}
-    _rename_(
-        model.graph, [spec.name for spec in captured.inputs], [output.name for output in captured.outputs]
-    )
-    _strip_(model)
-    _forget_weight_shapes_(model.graph)
-    _name_dimensions_(model, captured)
-    if model.ByteSize() > LARGEST_BYTES:
-        raise ModelError(
-            "the ONNX model is too large for one file",
-            found=f"{model.ByteSize() / 1e9:.1f} GB",
-            expected="at most 2 GB",
-            fix="choose --runtime executorch",
-        )
-    file.write_bytes(model.SerializeToString(deterministic=True))
-    return OnnxModel(file=file, inputs=captured.inputs, modules=modules)
 
 
 def _rename_(graph: Any, inputs: list[str], outputs: list[str]) -> None:
@@ -140,16 +159,6 @@ def _strip_(model: Any) -> None:
             node.doc_string = ""
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "edge-deploy", ""
-
-
-def graphs_of(graph: Any) -> list[Any]:
-    """A graph and those in the attributes of its nodes."""
-    found = [graph]
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                found += graphs_of(inner)
-    return found
 
 
 def _forget_weight_shapes_(graph: Any) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from calibration.spec import TensorSpec
+from exporters import external_data
 from exporters.arrays import Arrays, checked, refusal
 from exporters.base import Artifact, Delegated, Operator, Quantization
-from exporters.onnx import OnnxModel
+from exporters.onnx import OnnxModel, add_outputs_
 from exporters.quiet import quiet
 from targets.errors import DeployError, IntegrityError, ModelError, first_line
 
@@ -33,6 +34,8 @@ INTEGER_OPERATORS = (
 )  # fmt: skip
 BLOCK, INT8_ACTIVATIONS = 32, 4
 """Of 4-bit weights: weights that share a scale, and the contrib operator's level that computes in int8."""
+DEQUANTIZED = "_DequantizeLinear_Output"
+"""What the quantizer appends to the name of a value for the one that stands in for it."""
 CALIBRATORS = {"min-max": "MinMax", "percentile": "Percentile", "mse": "Entropy"}
 """By deploy.toml's observers; the nearest to the mean square that ONNX Runtime has is the KL divergence."""
 
@@ -55,16 +58,32 @@ class OnnxRuntimeExporter:
     ) -> Artifact:
         """Writes the model in a precision. Raises ModelError where it cannot be quantized."""
         if precision == "float32":
-            shutil.copyfile(source.file, file)
-            return Artifact(runtime=self.runtime, file=file, precision=precision, delegated=None)
-        if precision == "int4":
-            quantize_weights(source, quantization, file)
+            companions = _copied(source, file)
+        elif precision == "int4":
+            companions = quantize_weights(source, quantization, file)
         elif precision == "int8-dynamic":
-            quantize_dynamic(source, quantization, file)
+            companions = quantize_dynamic(source, quantization, file)
         else:
-            quantize_static(source, calibration, quantization, file)
-        kernels = integer_kernels(file, source)
-        return Artifact(runtime=self.runtime, file=file, precision=precision, delegated=kernels)
+            companions = quantize_static(source, calibration, quantization, file)
+        kernels = None if precision == "float32" else integer_kernels(file, source)
+        return Artifact(
+            runtime=self.runtime, file=file, precision=precision, delegated=kernels, companions=companions
+        )
+
+    def tapped(self, artifact: Path, names: Sequence[str], file: Path) -> dict[str, str]:
+        """Writes a copy of an artifact that answers values inside it too; returns their names there.
+
+        Of a quantized value it is what the operators behind it read: a ReLU may be done by quantizing alone.
+        """
+        import onnx
+
+        model = onnx.load(str(artifact), load_external_data=False)
+        made = {name for node in model.graph.node for name in node.output}
+        read = {name: f"{name}{DEQUANTIZED}" for name in names}
+        wanted = {name: read[name] if read[name] in made else name for name in names}
+        found = {*add_outputs_(model, list(wanted.values()))}
+        external_data.save(model, file, folder=artifact.parent)
+        return {name: there for name, there in wanted.items() if there in found}
 
     def load_runtime(self) -> None:
         """Imports the runtime."""
@@ -83,9 +102,15 @@ class OnnxRuntimeExporter:
         return OnnxRuntimeSession(file, inputs=inputs, outputs=outputs, threads=threads, spinning=spinning)
 
 
+def _copied(source: OnnxModel, file: Path) -> tuple[Path, ...]:
+    """The model as it is; its weights keep the name by which it asks for them."""
+    shutil.copyfile(source.file, file)
+    return tuple(Path(shutil.copyfile(each, file.with_name(each.name))) for each in source.companions)
+
+
 def quantize_static(
     source: OnnxModel, calibration: Sequence[Arrays], quantization: Quantization, file: Path
-) -> None:
+) -> tuple[Path, ...]:
     """Writes QuantizeLinear and DequantizeLinear pairs with per-channel weights into a copy of the model."""
     with quiet():
         from onnxruntime import quantization as ort
@@ -102,8 +127,10 @@ def quantize_static(
             activation_type=activations,
             weight_type=ort.QuantType.QInt8,
             nodes_to_exclude=source.nodes_in(quantization.keep_float),
+            use_external_data_format=bool(source.companions),
             calibrate_method=ort.CalibrationMethod[CALIBRATORS[quantization.observer]],
         )
+        return _gathered(source, file)
 
 
 def quantize_operators(
@@ -150,7 +177,7 @@ def _reader(source: OnnxModel, calibration: Sequence[Arrays]) -> Any:
     return Reader()
 
 
-def quantize_dynamic(source: OnnxModel, quantization: Quantization, file: Path) -> None:
+def quantize_dynamic(source: OnnxModel, quantization: Quantization, file: Path) -> tuple[Path, ...]:
     """Writes int8 weights whose activations are quantized by the range of each call."""
     with quiet():
         from onnxruntime import quantization as ort
@@ -164,10 +191,24 @@ def quantize_dynamic(source: OnnxModel, quantization: Quantization, file: Path) 
             reduce_range=quantization.reduce_range,
             weight_type=ort.QuantType.QInt8,
             nodes_to_exclude=source.nodes_in(quantization.keep_float),
+            use_external_data_format=bool(source.companions),
         )
+        return _gathered(source, file)
 
 
-def quantize_weights(source: OnnxModel, quantization: Quantization, file: Path) -> None:
+def _gathered(source: OnnxModel, file: Path) -> tuple[Path, ...]:
+    """What the quantizer wrote beside a large model, in the model itself where it fits there now."""
+    if not source.companions:
+        return ()
+    import onnx
+
+    written = file.with_name(f"{file.name}.data")
+    companions = external_data.save(onnx.load(file, load_external_data=False), file, folder=file.parent)
+    written.unlink(missing_ok=True)
+    return companions
+
+
+def quantize_weights(source: OnnxModel, quantization: Quantization, file: Path) -> tuple[Path, ...]:
     """Writes weights of matrix products in 4 bits, in blocks of 32 along the input dimension.
 
     Raises ModelError where the model has no matrix product with constant weights.
@@ -195,7 +236,7 @@ def quantize_weights(source: OnnxModel, quantization: Quantization, file: Path) 
             expected="linear layers; convolutions have no 4-bit kernel",
             fix="use --precision int8",
         )
-    file.write_bytes(written.SerializeToString(deterministic=True))
+    return external_data.save(written, file)
 
 
 def _gemm_as_matmul_(graph: Any) -> None:
@@ -240,11 +281,12 @@ def integer_kernels(file: Path, source: OnnxModel) -> Delegated:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 4
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         with _translated("int8"):
             onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(options.optimized_model_filepath).graph
+        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     integer = sum(node.op_type in INTEGER_OPERATORS for node in graph.node)
     left = tuple(
         Operator(

@@ -18,7 +18,7 @@ import numpy as np
 
 from calibration.spec import TensorSpec
 from exporters.arrays import Arrays, checked, refusal
-from exporters.base import Artifact, Delegated, Operator, Quantization
+from exporters.base import CONTROLLED, Artifact, Delegated, Operator, Quantization
 from exporters.onnx import OnnxModel
 from exporters.quiet import quiet
 from targets.errors import DeployError, IntegrityError, ModelError
@@ -95,6 +95,20 @@ class OpenVinoExporter:
                 return core.read_model(str(file))
         return quantize(core.read_model(str(source.file)), source, calibration, quantization)
 
+    def tapped(self, artifact: Path, names: Sequence[str], file: Path) -> dict[str, str]:
+        """Writes a copy of an artifact that answers values inside it too; returns their names there."""
+        ov = _openvino()
+        model = ov.Core().read_model(str(artifact))
+        answered = {name for output in model.outputs for name in output.get_names()}
+        made = {
+            name for node in model.get_ordered_ops() for port in node.outputs() for name in port.get_names()
+        }
+        found = [name for name in names if name in made - answered]
+        if found:
+            model.add_outputs(found)
+        ov.save_model(model, str(file), compress_to_fp16=False)
+        return {name: name for name in found}
+
     def load_runtime(self) -> None:
         """Imports the runtime."""
         _openvino()
@@ -120,14 +134,22 @@ def quantize(model: Any, source: OnnxModel, calibration: Sequence[Arrays], quant
     present = {node.get_friendly_name() for node in model.get_ordered_ops()}
     names = [spec.name for spec in source.inputs]
     batches = [{name: batch[name] for name in names} for batch in calibration]
+    settings = {
+        "preset": nncf.QuantizationPreset.MIXED,
+        "model_type": nncf.ModelType.TRANSFORMER if quantization.transformer else None,
+        "ignored_scope": nncf.IgnoredScope(names=sorted(kept & present)),
+    }
+
+    def plain(items: Sequence[Arrays]) -> Any:
+        return nncf.quantize(model, nncf.Dataset(items), subset_size=len(items), **settings)
+
     with contextlib.redirect_stdout(io.StringIO()):  # it draws progress bars
-        return nncf.quantize(
-            model,
-            nncf.Dataset(batches),
-            subset_size=len(batches),
-            preset=nncf.QuantizationPreset.MIXED,
-            model_type=nncf.ModelType.TRANSFORMER if quantization.transformer else None,
-            ignored_scope=nncf.IgnoredScope(names=sorted(kept & present)),
+        if quantization.variant != CONTROLLED:
+            return plain(batches)
+        from exporters.accuracy_control import quantize_controlled
+
+        return quantize_controlled(
+            model, batches, least_snr_db=quantization.least_snr_db, plain=plain, settings=settings
         )
 
 

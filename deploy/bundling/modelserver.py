@@ -53,10 +53,10 @@ def ovms_files(build: Path, manifest: Manifest) -> dict[str, Content]:
 
 
 def _programs(build: Path, manifest: Manifest) -> dict[str, Path]:
-    """The program and its weights under the names that the servers look for."""
+    """The program under the name that the servers look for, and its weights where it looks for them."""
     roles = ("program", "weights")
     files = [build / file.path for file in manifest.files if file.role in roles]
-    return {f"model{file.suffix}": file for file in files}
+    return {f"model{file.suffix}" if file.stem == files[0].stem else file.name: file for file in files}
 
 
 def _batched(manifest: Manifest) -> bool:

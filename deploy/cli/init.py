@@ -72,4 +72,4 @@ def _show(done: "Initialised") -> None:
         click.echo("  calibration: synthetic; accuracy stays unmeasured until there is real data")
     for note in done.notes:
         click.echo(f"  note: {note}")
-    click.echo("next: deploy build --target galaxy-s22")
+    click.echo(f"next: deploy build --target {done.target}")

@@ -4,6 +4,9 @@ A rung passes four stages: `export` (torch.export of the module), `fold` (batch-
 graph written in the delegate's forms), `quantize` (the precision of the rung) and `lower` (the artifact
 in its runtime). Each stage's outputs are compared with those of the stage before it, on the inputs that
 showed the mismatch. Within the first stage that differs, values at the ends of modules are compared.
+
+Runtimes that start from ONNX have `convert` (the ONNX model, not optimised) and `artifact` (quantized, in its
+runtime) behind `fold`; a foreign ONNX model has the last alone. There, the values of nodes are compared.
 """
 
 import math
@@ -21,8 +24,10 @@ from torch.utils import _pytree as pytree
 
 from calibration import compare
 from calibration.dataset import Dataset
+from deploy.validation import onnx_values
 from exporters.base import Delegated, Quantization, find_exporter
 from exporters.capture import Captured, call_module, capture, flatten_outputs, trace
+from exporters.onnx import OnnxModel
 from exporters.quiet import quiet
 from exporters.remote import RemoteSession
 from targets.errors import DeployError, first_line
@@ -45,7 +50,8 @@ class Case:
     """A rung whose outputs are wrong, and what made it.
 
     `sizes` are the batch sizes that were compared; `least_snr_db` is what the rung's precision must
-    reach; `inputs` and `outputs` name the artifact's, in its order.
+    reach; `inputs` and `outputs` name the artifact's, in its order. `onnx` is the model that the artifact was
+    made from, where that was ONNX; `traceable` is False where the module itself stands for it.
     """
 
     module: nn.Module
@@ -61,6 +67,8 @@ class Case:
     calibration: Sequence[Inputs]
     quantization: Quantization
     threads: int
+    onnx: OnnxModel | None = None
+    traceable: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +137,17 @@ class StagedExporter(Protocol):
         ...
 
 
+@runtime_checkable
+class TappedExporter(Protocol):
+    """An exporter whose artifacts can be made to answer values inside them."""
+
+    suffix: str
+
+    def tapped(self, artifact: Path, names: Sequence[str], file: Path) -> dict[str, str]:
+        """Writes a copy of an artifact that answers these ONNX values too; returns their names there."""
+        ...
+
+
 class UnclearError(Exception):
     """The mismatch cannot be pinned to a stage; the message says why."""
 
@@ -188,30 +207,131 @@ def _located(stage: Stage, batches: Sequence[Inputs]) -> Place:
 
 def _stages(case: Case) -> Iterator[Stage]:
     """The stages in order, each made only when the one before it was right."""
-    exact = case.least_snr_db if case.precision == "float32" else EXACT_SNR_DB
     exporter = find_exporter(case.runtime)
-    if not isinstance(exporter, StagedExporter):
+    if case.onnx is not None and isinstance(exporter, TappedExporter):
+        yield from _onnx_stages(case, case.onnx, exporter)
+    elif isinstance(exporter, StagedExporter):
+        yield from _graph_stages(case, exporter)
+    else:
         raise UnclearError(f"the {case.runtime} exporter shows no graph between module and artifact")
-    specs, names = case.data.specs, case.output_names
-    traced = trace(case.module, specs, output_names=names)
 
-    def answers_of(graph: GraphModule) -> Callable[[Sequence[Inputs]], Answers]:
-        return lambda batches: [_run(graph, traced, batch)[0] for batch in batches]
 
-    yield Stage(
+def _export_stage(case: Case, traced: Captured, exact: float) -> Stage:
+    return Stage(
         name="export",
         least_snr_db=exact,
-        answers=answers_of(traced.graph),
+        answers=_answers_of(traced.graph, traced),
         locate=lambda batches: _first_wrong_module(case, traced, batches[0], exact),
     )
-    captured = capture(case.module, specs, output_names=names)
-    graph = exporter.rewritten(captured, case.precision)
-    yield Stage(
+
+
+def _fold_stage(traced: Captured, graph: GraphModule, exact: float) -> Stage:
+    return Stage(
         name="fold",
         least_snr_db=exact,
-        answers=answers_of(graph),
+        answers=_answers_of(graph, traced),
         locate=lambda batches: _first_wrong_node(traced, traced.graph, graph, batches, exact),
     )
+
+
+def _answers_of(graph: GraphModule, captured: Captured) -> Callable[[Sequence[Inputs]], Answers]:
+    return lambda batches: [_run(graph, captured, batch)[0] for batch in batches]
+
+
+def _exact(case: Case) -> float:
+    return case.least_snr_db if case.precision == "float32" else EXACT_SNR_DB
+
+
+def _onnx_stages(case: Case, model: OnnxModel, exporter: TappedExporter) -> Iterator[Stage]:
+    if case.traceable:
+        exact = _exact(case)
+        traced = trace(case.module, case.data.specs, output_names=case.output_names)
+        yield _export_stage(case, traced, exact)
+        captured = capture(case.module, case.data.specs, output_names=case.output_names)
+        yield _fold_stage(traced, captured.graph, exact)
+        yield Stage(
+            name="convert",
+            least_snr_db=exact,
+            answers=lambda batches: _onnx_answers(case, model, batches),
+            locate=lambda batches: _first_wrong_conversion(case, captured, model, batches[0], exact),
+        )
+    yield Stage(
+        name="artifact",
+        least_snr_db=case.least_snr_db,
+        answers=lambda batches: _runtime_answers(case, case.artifact, case.outputs, batches),
+        locate=lambda batches: _first_wrong_inside(case, model, exporter, batches),
+    )
+
+
+def _onnx_answers(case: Case, model: OnnxModel, batches: Sequence[Inputs]) -> Answers:
+    found = onnx_values.run_unoptimised(model, (), batches)
+    return [[answer[name] for name in case.outputs] for answer in found]
+
+
+def _first_wrong_conversion(
+    case: Case, captured: Captured, model: OnnxModel, batch: Inputs, least: float
+) -> Place:
+    """The first value of the ONNX model that no operator of the same module computes in the graph."""
+    graph = captured.graph
+    _, computed = _run(graph, captured, batch, set(graph.graph.nodes))
+    known: dict[str, list[Array]] = {}
+    for node, value in computed.items():
+        scopes = _scopes(node)
+        known.setdefault(scopes[-1][0] if scopes else "", []).append(value)
+    values, right = onnx_values.inner_values(model), dict[str, bool]()
+    modules = {value.name: value.module for value in values}
+    for names in onnx_values.in_chunks(values, MAX_TAPS):
+        (found,) = onnx_values.run_unoptimised(model, names, [batch])
+        for name in names:
+            if found[name].dtype.kind == "f":
+                near = known.get(modules[name]) or list(computed.values())
+                right[name] = any(_is_near(value, found[name], least) for value in near)
+    wrong = onnx_values.first_wrong(values, onnx_values.forgiven(values, right))
+    return _place_of(wrong, "every value of the ONNX model is in the graph")
+
+
+def _first_wrong_inside(
+    case: Case, model: OnnxModel, exporter: TappedExporter, batches: Sequence[Inputs]
+) -> Place:
+    """The first value inside the artifact that is not what the ONNX model computes."""
+    values, right = onnx_values.inner_values(model), dict[str, bool]()
+    for names in onnx_values.in_chunks(values, MAX_TAPS):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"bisect{exporter.suffix}"
+            tapped = exporter.tapped(case.artifact, names, file)
+            candidate = _runtime_answers(case, file, [*case.outputs, *tapped.values()], batches)
+        found = [*case.outputs, *tapped]
+        reference = onnx_values.run_unoptimised(model, found, batches)
+        for index, name in enumerate(found):
+            pairs = [(r[name], c[index]) for r, c in zip(reference, candidate, strict=True)]
+            if all(array.dtype.kind == "f" for pair in pairs for array in pair):
+                near = all(_is_near(one, other, case.least_snr_db) for one, other in pairs)
+                right[name] = right.get(name, True) and near
+    return _place_of(
+        onnx_values.first_wrong(values, right), "it is right as soon as values inside are looked at"
+    )
+
+
+def _is_near(one: Array, other: Array, least: float) -> bool:
+    if one.size != other.size:
+        return False
+    apart = onnx_values.telling(one, other)
+    return not apart[0].size or _snr_db([[apart[0]]], [[apart[1]]]) >= least
+
+
+def _place_of(value: onnx_values.Inner | None, otherwise: str) -> Place:
+    if value is None:
+        return Place(module=None, note=otherwise)
+    return Place(module=value.module, operator=value.operator)
+
+
+def _graph_stages(case: Case, exporter: StagedExporter) -> Iterator[Stage]:
+    exact = _exact(case)
+    traced = trace(case.module, case.data.specs, output_names=case.output_names)
+    yield _export_stage(case, traced, exact)
+    captured = capture(case.module, case.data.specs, output_names=case.output_names)
+    graph = exporter.rewritten(captured, case.precision)
+    yield _fold_stage(traced, graph, exact)
     final = graph
     if case.precision != "float32":
         quantized = exporter.quantized(
@@ -221,7 +341,7 @@ def _stages(case: Case) -> Iterator[Stage]:
         yield Stage(
             name="quantize",
             least_snr_db=case.least_snr_db,
-            answers=answers_of(final),
+            answers=_answers_of(final, traced),
             locate=lambda batches: _first_wrong_node(captured, graph, final, batches, case.least_snr_db),
         )
     yield Stage(

@@ -92,9 +92,13 @@ def test_a_phone_takes_it_by_a_runtime_that_reads_onnx(folder: Path) -> None:
     assert run(["plan", "-c", str(folder), "--target", "galaxy-s22", "--runtime", "executorch"]) == 2
 
 
-def test_init_writes_a_project_that_builds(folder: Path) -> None:
+def test_init_writes_a_project_that_builds_for_the_target_it_suggests(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "deploy.toml").unlink()
     assert run(["init", str(folder / "model.onnx")]) == 0
+    assert "next: deploy build --target host" in capsys.readouterr().out
+    assert "galaxy" not in (folder / "deploy.toml").read_text()
     words = ["--runtime", "onnxruntime", "--no-ladder", "-q"]
     assert run(["build", "-c", str(folder), "--target", "host", *words]) == 0
 
