@@ -28,6 +28,7 @@ from calibration.compare import snr_db
 from deploy.building import Build
 from deploy.builds import MIN_SNR_DB
 from deploy.data import ProjectData
+from deploy.manifest import Stage
 from deploy.model import load_module
 from deploy.project import Project, load
 from deploy.validation import metrics
@@ -38,6 +39,8 @@ MODELS = ("digits", "ds_cnn", "resnet20", "resnet56", "mobilenet_v2", "resnet18"
 OURS = "deploy build"
 COMPILED = "torch.compile"
 GOAL = 1.2
+SEARCH = ("latency", "throughput", "sharing", "zeros")
+"""The stages that time rungs, by the first word of their names."""
 OPSET = 18
 CALIBRATION = 64
 
@@ -153,9 +156,18 @@ def entry(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
     return {
         "model": name,
         "ships": build.manifest.shipped_rung,
+        "search_share": search_share(build.report.stages),
         "failed": failed,
         **judged(times, qualities, _allowed(project)),
     }
+
+
+def search_share(stages: Sequence[Stage]) -> float | None:
+    """The part of a build's time that goes into timing its rungs; None where stages came from the cache."""
+    if any(stage.cached for stage in stages):
+        return None
+    search = sum(stage.seconds for stage in stages if stage.name.split()[0] in SEARCH)
+    return search / sum(stage.seconds for stage in stages)
 
 
 def recipes(source: Source, folder: Path) -> tuple[dict[str, tuple[str, Path]], dict[str, str]]:

@@ -26,6 +26,7 @@ from benchmarks.measuring import deliver, parser, plain, ratios, record, summari
 from calibration.spec import TensorSpec
 from exporters.base import Quantization, find_exporter
 from exporters.deepsparse import dense_twin
+from exporters.isolated.environment import prepare
 from exporters.onnx import OnnxModel, to_onnx
 from exporters.remote import RemoteSession
 
@@ -82,6 +83,7 @@ def artifacts(models: Mapping[float, OnnxModel], folder: Path) -> Files:
         print(f"exported {name}", file=sys.stderr)
         return file
 
+    prepare("deepsparse", lambda text: print(text, file=sys.stderr))
     add(REFERENCE, "onnxruntime", 0.0)
     add("onnxruntime dense int8", "onnxruntime", 0.0, "int8")
     add("onnxruntime 90% float32", "onnxruntime", 0.9)

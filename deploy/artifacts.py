@@ -192,6 +192,7 @@ class Artifacts:
     def _open(self, artifact: BuiltArtifact) -> "RemoteSession":
         from exporters.remote import RemoteSession
 
+        self._prepare(artifact.rung)
         by_name = {spec.name: spec for spec in self._bench.specs}
         try:
             return RemoteSession(
@@ -207,10 +208,14 @@ class Artifacts:
                 found=error.message.rstrip("."),
             ) from error
 
-    def _export(self, rung: RungPlan, folder: Path) -> None:
-        exporter = find_exporter(rung.runtime)
+    def _prepare(self, rung: RungPlan) -> None:
+        """Makes the environment that the runtime needs, where it needs one: its licence was accepted."""
         if EXPORTERS[rung.runtime].isolated:
             prepare(rung.runtime, self._bench.announce)
+
+    def _export(self, rung: RungPlan, folder: Path) -> None:
+        exporter = find_exporter(rung.runtime)
+        self._prepare(rung)
         source, form = self._source(rung)
         file = folder / f"model{exporter.suffix}"
         artifact = exporter.export(

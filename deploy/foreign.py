@@ -104,8 +104,7 @@ def prepared(file: Path, specs: Sequence[TensorSpec]) -> "ModelProto":
                 found=f"opset {opset}: {first_line(error)}",
                 fix=f"export it again with opset {QDQ_OPSET} or later",
             ) from error
-    for index, node in enumerate(model.graph.node):
-        node.name = node.name or f"{node.op_type}_{index}"
+    _name_nodes_(model.graph)
     by_name = {spec.name: spec for spec in specs}
     for value in _inputs(model):
         for dimension, size in zip(value.type.tensor_type.shape.dim, by_name[value.name].shape, strict=True):
@@ -113,6 +112,17 @@ def prepared(file: Path, specs: Sequence[TensorSpec]) -> "ModelProto":
                 dimension.ClearField("dim_value")
                 dimension.dim_param = size
     return model
+
+
+def _name_nodes_(graph: Any) -> None:
+    """Gives nodes without a name one that no other has."""
+    taken = {node.name for node in graph.node}
+    for index, node in enumerate(graph.node):
+        name = f"{node.op_type}_{index}"
+        while not node.name and name in taken:
+            name = f"{name}_"
+        node.name = node.name or name
+        taken.add(node.name)
 
 
 def outputs_of(

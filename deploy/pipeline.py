@@ -83,18 +83,25 @@ class Pipeline:
         try:
             result = replace(result, artifact=(artifact := self.artifacts.make(rung)))
             entry = self.judging.validate(artifact)
-            zeros = self.judging.sparse_execution(artifact)
+            validated: Validated = read_json(entry.folder / "validated.json", Validated)
+            zeros = None if validated.wrong else self.judging.sparse_execution(artifact)
         except (ModelError, WrongOutputsError, MissingRequirementError) as error:
             if not self._may_fail(rung, error):
                 raise
             return replace(result, dropped=error.message)
-        validated: Validated = read_json(entry.folder / "validated.json", Validated)
-        dropped = validated.wrong or _unskipped(zeros)
+        dropped = validated.wrong or self._unskipped(zeros)
         if dropped:
             self.artifacts.end(artifact)
         return replace(
             result, validated=validated, golden=entry.folder, dropped=dropped, sparse_execution=zeros
         )
+
+    def _unskipped(self, zeros: SparseExecution | None) -> str | None:
+        """Why a masked rung may not ship: its runtime gains nothing from the zeros that it paid for."""
+        if zeros is None or zeros.ci95[0] > 1 or self.bench.plan.objective == "size":
+            return None
+        ratio = f"{zeros.gain:.2f}x of the same graph with dense weights"
+        return f"zeros are not skipped: {ratio}, 95% interval [{zeros.ci95[0]:.2f}, {zeros.ci95[1]:.2f}]"
 
     def _may_fail(self, rung: RungPlan, error: DeployError) -> bool:
         """Whether the other rungs go on without this one."""
@@ -133,14 +140,6 @@ class Pipeline:
 
     def _sound(self, rung: RungResult) -> bool:
         return rung.dropped is None and accuracy_fails(self.bench.plan, rung) is None
-
-
-def _unskipped(zeros: SparseExecution | None) -> str | None:
-    """Why a masked rung may not ship: its runtime gains nothing from the zeros that it paid for."""
-    if zeros is None or zeros.ci95[0] > 1:
-        return None
-    ratio = f"{zeros.gain:.2f}x of the same graph with dense weights"
-    return f"zeros are not skipped: {ratio}, 95% interval [{zeros.ci95[0]:.2f}, {zeros.ci95[1]:.2f}]"
 
 
 def accuracy_fails(plan: Plan, rung: RungResult) -> str | None:

@@ -193,10 +193,10 @@ def make_plan(
         else _rivals(target, support, accepted_licences)
     )
     supports = (support, *rivals) if ladder else (support,)
-    pattern, reason, refused = _choose_pattern(project, target, support, objective, accepted_licences)
     precision, precision_reason = _choose_precision(project, supports)
     supports = tuple(each for each in supports if _tried(project, each))
     support = supports[0]
+    pattern, reason, refused = _choose_pattern(project, target, support, objective, accepted_licences)
     patterns = {support.name: pattern} | {
         rival.name: _rival_pattern(project, target, rival, pattern, objective, accepted_licences)
         for rival in supports[1:]
@@ -381,16 +381,20 @@ def _rival_pattern(
 
 def _choose_prunings(
     project: Project, supports: tuple[RuntimeSupport, ...], patterns: Mapping[str, str]
-) -> tuple[dict[str, Pruning], str | None]:
-    """What to remove for each pattern, or the reason why nothing is for the planned one."""
-    prunings, reasons = {}, []
+) -> tuple[dict[str, Pruning], tuple[str, ...]]:
+    """What to remove for each pattern, and the reasons where nothing is."""
+    prunings: dict[str, Pruning] = {}
+    reasons: list[str] = []
+    planned = patterns[supports[0].name]
     for pattern in dict.fromkeys(patterns.values()):
         users = [support for support in supports if patterns[support.name] == pattern]
         pruning, reason = _choose_pruning(project, pattern, users)
-        reasons += [reason] if reason else []
+        if reason:
+            whose = "" if pattern == planned else f"{', '.join(each.name for each in users)}: "
+            reasons.append(f"{whose}{reason}")
         if pruning:
             prunings[pattern] = pruning
-    return prunings, next(iter(reasons), None)
+    return prunings, tuple(reasons)
 
 
 def _choose_pruning(
@@ -514,7 +518,7 @@ def _steps(
         how = f"{pruning.sparsity:.0%} of {pruning.of}"
         how += f", widths in multiples of {pruning.multiple}" if pruning.pattern == "structured" else " zero"
         steps.append(("prune", Form.MODULE, Form.MODULE, f"{how}: {pattern_reason}"))
-    if pruning and recover:
+    if pruning and recover and not foreign.is_model(project.tables.model.source):
         steps.append(
             ("recover", Form.MODULE, Form.MODULE, f"{recover.epochs} epochs with the dense model as teacher")
         )
@@ -550,9 +554,15 @@ def _check_neighbours(steps: tuple[PlanStep, ...]) -> None:
 
 
 def _notes(
-    project: Project, target: Target, support: RuntimeSupport, pruning: Pruning | None, unpruned: str | None
+    project: Project,
+    target: Target,
+    support: RuntimeSupport,
+    pruning: Pruning | None,
+    unpruned: tuple[str, ...],
 ) -> tuple[str, ...]:
-    notes = [unpruned] if unpruned else []
+    notes = list(unpruned)
+    if pruning and project.tables.recover and foreign.is_model(project.tables.model.source):
+        notes.append("an ONNX model is not recovered after pruning: there is nothing to train")
     if support.name not in EXPORTERS:
         notes.append(
             f"this version has no exporter for {support.name}: the plan stands, the build does not (exit 3)"

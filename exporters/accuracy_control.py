@@ -51,9 +51,13 @@ def quantize_controlled(
     reached = _agreement(wanted, _answers(compiled(plain(learned)), held))
     goal = max(reached, least_snr_db) + GAIN_DB
 
+    positions = {id(batch): index for index, batch in enumerate(held)}
+
     def agreement(candidate: Any, items: Iterable[Batch]) -> tuple[float, None]:
-        answers = _answers(candidate, items)
-        return min(goal, _agreement([each[: len(answers[0])] for each in wanted], answers)), None
+        """Of the batches that are asked for: all of them, or single ones in any order."""
+        chosen = list(items)
+        right = [[arrays[positions[id(item)]] for item in chosen] for arrays in wanted]
+        return min(goal, _agreement(right, _answers(candidate, chosen))), None
 
     return nncf.quantize_with_accuracy_control(
         model,

@@ -288,12 +288,9 @@ def _require(runtime: str, lacking: Sequence[str], part: str) -> None:
         )
 
 
-def dense_twin(runtime: str, file: Path, twin: Path) -> bool:
-    """Writes an artifact with its masked weights filled, where the runtime's exporter can: whether it did."""
-    place = EXPORTERS[runtime].dense_twin
-    if place:
-        _attribute(place)(file, twin)
-    return bool(place)
+def dense_twin(runtime: str, file: Path, twin: Path) -> None:
+    """Writes an artifact with the zeros of its weights filled, by the function that its entry names."""
+    _attribute(EXPORTERS[runtime].dense_twin)(file, twin)
 
 
 def _imported(runtime: str) -> Exporter:

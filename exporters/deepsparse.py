@@ -21,7 +21,7 @@ import numpy as np
 from calibration.spec import TensorSpec
 from exporters.arrays import Arrays, checked, refusal
 from exporters.base import Artifact, Delegated, Operator, Quantization
-from exporters.onnx import OnnxModel
+from exporters.onnx import OnnxModel, drop_unused_
 from targets.errors import IntegrityError, MissingRequirementError, ModelError, first_line
 
 IR_VERSION = 8
@@ -30,8 +30,6 @@ WEIGHTED = {"Conv": 1, "Gemm": 1, "MatMul": 1, "QLinearConv": 3, "ConvInteger": 
 ENGINES = 3
 """Batches that a session keeps an engine for: each is compiled for one."""
 SCHEDULER = "single_stream"
-SPARSE = 0.5
-"""A weight with more zeros than this is a masked one."""
 
 
 class DeepSparseExporter:
@@ -96,6 +94,14 @@ class DeepSparseExporter:
 
 
 def _check_dimensions(inputs: Sequence[TensorSpec]) -> None:
+    firsts = {spec.ranges[0] if spec.shape else None for spec in inputs}
+    if len(firsts) != 1 or None in firsts:
+        raise ModelError(
+            "deepsparse compiles a graph for one batch",
+            found=", ".join(f"{spec.name} {list(spec.shape)}" for spec in inputs),
+            expected="inputs that share their first dimension",
+            fix="leave deepsparse out",
+        )
     for spec in inputs:
         varying = [size for size in spec.shape[1:] if isinstance(size, str)]
         if varying:
@@ -133,7 +139,7 @@ def accept_(model: Any) -> None:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    _drop_unused_(graph)
+    drop_unused_(graph)
     model.ir_version = IR_VERSION
 
 
@@ -171,13 +177,6 @@ def _flattens(wanted: np.ndarray[Any, Any] | None, shape: Sequence[int]) -> bool
     return (first, rest) in ((0, -1), (0, joined), (-1, joined), (shape[0] or None, joined))
 
 
-def _drop_unused_(graph: Any) -> None:
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
 def quantize(
     plain: Path, source: OnnxModel, calibration: Sequence[Arrays], quantization: Quantization, file: Path
 ) -> None:
@@ -208,7 +207,7 @@ def quantize(
 
 
 def dense_twin(file: Path, twin: Path, *, seed: int = 0) -> None:
-    """Writes the same graph with its masked weights filled: what the zeros are timed against.
+    """Writes the same graph with the zeros of its weights filled: what they are timed against.
 
     Float weights take normal numbers of the spread of those that stayed, integers any but zero.
     """
@@ -225,8 +224,7 @@ def dense_twin(file: Path, twin: Path, *, seed: int = 0) -> None:
     }
     for name in sorted(names & tensors.keys()):
         value = numpy_helper.to_array(tensors[name])
-        if np.mean(value == 0) > SPARSE:
-            tensors[name].CopyFrom(numpy_helper.from_array(_filled(value, random), name))
+        tensors[name].CopyFrom(numpy_helper.from_array(_filled(value, random), name))
     twin.write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -247,8 +245,11 @@ def _delegated(file: Path, inputs: Sequence[TensorSpec]) -> Delegated:
 
     graph = onnx.load(str(file)).graph
     outputs = [value.name for value in graph.output]
-    with RemoteSession("deepsparse", file, inputs=inputs, outputs=outputs, threads=1) as session:
-        fraction = session.supported_fraction()
+    try:
+        with RemoteSession("deepsparse", file, inputs=inputs, outputs=outputs, threads=1) as session:
+            fraction = session.supported_fraction()
+    except IntegrityError as error:
+        raise ModelError("deepsparse does not compile the graph", found=error.message.rstrip(".")) from error
     if fraction == 0:
         raise ModelError(
             "deepsparse takes no part of the graph",

@@ -182,3 +182,12 @@ def _name_dimensions_(model: Any, captured: Any) -> None:
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param in names:
                 dimension.dim_param = names[dimension.dim_param]
+
+
+def drop_unused_(graph: Any) -> None:
+    """Removes weights that no node reads, in the graph or inside its nodes, and that are no output."""
+    used = {name for each in graphs_of(graph) for node in each.node for name in node.input}
+    used |= {value.name for each in graphs_of(graph) for value in each.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

@@ -18,7 +18,7 @@ from calibration.spec import TensorSpec
 from exporters import external_data
 from exporters.arrays import Arrays, checked, refusal
 from exporters.base import Artifact, Delegated, Operator, Quantization
-from exporters.onnx import OnnxModel, add_outputs_
+from exporters.onnx import OnnxModel, add_outputs_, drop_unused_
 from exporters.quiet import quiet
 from targets.errors import DeployError, IntegrityError, ModelError, first_line
 
@@ -264,10 +264,7 @@ def _gemm_as_matmul_(graph: Any) -> None:
             )
     del graph.node[:]
     graph.node.extend(nodes)
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    drop_unused_(graph)
 
 
 def integer_kernels(file: Path, source: OnnxModel) -> Delegated:

@@ -15,7 +15,7 @@ import numpy as np
 
 from calibration.spec import TensorSpec
 from exporters.isolated.environment import command
-from targets.errors import DeployError, IntegrityError, ModelError, WrongOutputsError
+from targets.errors import DeployError, IntegrityError, MissingRequirementError, ModelError, WrongOutputsError
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 TIMEOUT_S = 600.0
@@ -25,7 +25,8 @@ TAIL = 400
 class RemoteSession:
     """A worker that holds one artifact. Use it in a `with`; the process ends with the block.
 
-    Raises WrongOutputsError when the runtime crashes or hangs: an artifact that does that is wrong.
+    Raises WrongOutputsError when the runtime crashes or hangs: an artifact that does that is wrong. A runtime
+    with an environment of its own must have it: nothing is installed here.
     """
 
     def __init__(
@@ -38,13 +39,14 @@ class RemoteSession:
         threads: int,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
+        start = command(runtime, "exporters.worker")
         self._file = file
         self._timeout_s = timeout_s
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the session
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [*command(runtime, "exporters.worker"), str(theirs.fileno())],
+                [*start, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
@@ -133,5 +135,5 @@ class RemoteSession:
 
 
 def _translated(exit_code: int, message: str) -> DeployError:
-    kinds: dict[int, type[DeployError]] = {4: ModelError, 8: IntegrityError}
+    kinds: dict[int, type[DeployError]] = {3: MissingRequirementError, 4: ModelError, 8: IntegrityError}
     return kinds.get(exit_code, WrongOutputsError)(message)

@@ -46,8 +46,10 @@ def smallest(scores: Tensor, count: int) -> Tensor:
 
 
 def uniform_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    """For each layer what is kept, the same share removed from every one."""
-    return {name: ~smallest(each, round(sparsity * each.numel())) for name, each in scores.items()}
+    """For each layer what is kept, the same share removed from every one, at most MOST_SPARSE."""
+    share = min(sparsity, MOST_SPARSE)
+    counts = {name: min(round(share * each.numel()), each.numel() - 1) for name, each in scores.items()}
+    return {name: ~smallest(each, counts[name]) for name, each in scores.items()}
 
 
 def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
@@ -111,14 +113,16 @@ def magnitude_masks(
 def prunable(module: nn.Module, exclude: Sequence[str]) -> dict[str, nn.Module]:
     """The layers by path whose weights a mask may thin, in the module's order.
 
-    Convolutions and linear layers but the first, which sees the input, and the last, which gives the answer;
-    no depthwise convolution, whose few weights no kernel skips; each shared weight once.
+    Convolutions and linear layers but the first and the last as the module lists them, which mostly see the
+    input and give the answer; no grouped convolution, whose few weights no kernel skips; each shared weight
+    once; none whose weight is computed from others (weight_norm and the like).
     """
     seen: set[int] = set()
     layers: dict[str, nn.Module] = {}
     for name, layer in module.named_modules():
-        if isinstance(layer, (_ConvNd, nn.Linear)) and id(layer.weight) not in seen:
-            seen.add(id(layer.weight))
+        weight = layer._parameters.get("weight")
+        if isinstance(layer, (_ConvNd, nn.Linear)) and weight is not None and id(weight) not in seen:
+            seen.add(id(weight))
             layers[name] = layer
     excluded = set(matching(module, exclude))
     inner = (name for name in list(layers)[1:-1] if name not in excluded)

@@ -24,6 +24,10 @@ EXTENSIONS = ["model_repository"]
 OPEN = ("ServerLive", "ServerReady")
 """Methods that ask for no token."""
 STREAMS = 1000
+CALLS = 256
+"""At once, over all connections: gRPC holds their messages before anybody looks at a token."""
+MOST_BYTES = 2**31 - 1
+"""gRPC's options are C integers."""
 """Calls at once on one connection; further ones wait at the caller."""
 KEEP_ALIVE_MS = 60_000
 ARRIVED_S, REFUSING_S = 0.2, 0.3
@@ -68,7 +72,7 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Listens. Raises MissingRequirementError where the address cannot be had."""
-        self._server = grpc.aio.server(options=_options(self._largest))
+        self._server = grpc.aio.server(options=_options(self._largest), maximum_concurrent_rpcs=CALLS)
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(self._guarded(name, answer))
             for name, answer in self._methods.by_name().items()
@@ -188,7 +192,7 @@ def _model_of(request: Any) -> str:
 def _options(largest: int) -> list[tuple[str, int]]:
     return [
         ("grpc.so_reuseport", 0),  # a port that another server has is refused
-        ("grpc.max_receive_message_length", largest),
+        ("grpc.max_receive_message_length", min(largest, MOST_BYTES)),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_concurrent_streams", STREAMS),
         ("grpc.keepalive_time_ms", KEEP_ALIVE_MS),

@@ -12,6 +12,8 @@ from exporters.remote import RemoteSession
 
 ROUNDS = (15, 45, 135)
 """After each the interval is looked at: it ends where 1 lies outside."""
+ERROR = 0.05
+"""Of all looks together, shared out among them (Bonferroni)."""
 
 
 def time_zeros(
@@ -26,7 +28,7 @@ def time_zeros(
         race.run(list(sessions), until=rounds)
         medians = {name: np.array([np.median(b) for b in bursts]) for name, bursts in race.bursts.items()}
         ratios = medians["dense"] / medians["sparse"]
-        low, high = median_interval(ratios)
+        low, high = median_interval(ratios, level=1 - ERROR / len(ROUNDS))
         if not low <= 1 <= high:
             break
     return SparseExecution(

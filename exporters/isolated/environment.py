@@ -5,6 +5,7 @@ sees its own packages first and this project's code after them.
 """
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -13,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from exporters.cache_root import cache_root
@@ -77,12 +77,20 @@ serve its pipelines and its telemetry, and are left out with them."""
 def command(runtime: str, module: str) -> list[str]:
     """The start of a command that runs one of this project's modules with a runtime's own interpreter.
 
-    Raises MissingRequirementError where its environment cannot be made.
+    Raises MissingRequirementError where it has an environment that is not made yet.
     """
     if runtime not in ENVIRONMENTS:
         return [sys.executable, "-P", "-m", module]
+    isolated = ENVIRONMENTS[runtime]
+    if not isolated.python.exists():
+        raise MissingRequirementError(
+            f"{runtime} has no environment on this machine",
+            found=f"nothing at {isolated.folder}",
+            expected="the one that a build makes once its licence is accepted",
+            fix=f"deploy build --accept-license {runtime}",
+        )
     project = Path(__file__).resolve().parents[2]
-    return [str(prepare(runtime)), "-I", "-c", BOOT, str(project), module]
+    return [str(isolated.python), "-I", "-c", BOOT, str(project), module]
 
 
 def prepare(runtime: str, announce: Announce = lambda text: None) -> Path:
@@ -106,9 +114,10 @@ def prepare(runtime: str, announce: Announce = lambda text: None) -> Path:
 
 
 def _make(isolated: Isolated) -> None:
-    parent = isolated.folder.parent
+    parent = cache_root() / "tmp"  # where a killed process's leftovers are swept
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        isolated.folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{os.getpid()}-", dir=parent) as scratch:
             made = Path(scratch) / "environment"
             listed = Path(scratch) / "requirements.txt"
@@ -128,7 +137,7 @@ def _install(name: str, made: Path, listed: Path) -> None:
     """By uv where it is there, which takes a tenth of the time; else, and where uv fails, by venv and pip."""
     python = str(made / "bin" / "python")
     wanted = ["--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", str(listed)]
-    own_pip = find_spec("pip") is None  # installing one takes longer than all the rest
+    own_pip = not _has_pip()  # installing one takes longer than all the rest
     pip = [python, "-m", "pip"] if own_pip else [sys.executable, "-m", "pip", "--python", python]
     by_pip = [
         [sys.executable, "-m", "venv", *([] if own_pip else ["--without-pip"]), str(made)],
@@ -148,6 +157,14 @@ def _install(name: str, made: Path, listed: Path) -> None:
             expected="its packages from the package index",
             fix="look at the network and at pip's settings, or build without this runtime",
         )
+
+
+def _has_pip() -> bool:
+    """Asked of the metadata: looking for the module itself lets setuptools take distutils' place."""
+    try:
+        return bool(importlib.metadata.version("pip"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _run(commands: list[list[str]]) -> str | None:
@@ -171,6 +188,9 @@ def _run(commands: list[list[str]]) -> str | None:
 
 
 def _publish(made: Path, folder: Path) -> None:
+    """Moves it into place; one whose interpreter went away makes room, one that another made stays."""
+    if folder.exists() and not (folder / "bin" / "python").exists():
+        os.rename(folder, made.with_name("broken"))
     try:
         os.rename(made, folder)
     except OSError:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from calibration.compare import snr_db
 from calibration.spec import TensorSpec
-from exporters.base import EXPORTERS, Artifact, Form, Quantization, find_exporter, int8_variants
+from exporters.base import EXPORTERS, Artifact, Exporter, Form, Quantization, find_exporter, int8_variants
 from exporters.capture import Captured, capture
+from exporters.isolated.environment import prepare
 from exporters.onnx import OnnxModel, to_onnx
 from exporters.remote import RemoteSession
 from targets.errors import IntegrityError, ModelError
@@ -54,6 +55,13 @@ class Made:
     precision: str
 
 
+def ready(runtime: str) -> Exporter:
+    """The exporter, its environment made where it has one of its own."""
+    if EXPORTERS[runtime].isolated:
+        prepare(runtime)
+    return find_exporter(runtime)
+
+
 def batch(size: int, seed: int = 0) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     return {s.name: generator.standard_normal(s.sizes(batch=size)).astype(np.float32) for s in SPECS}
@@ -81,7 +89,7 @@ def made(
 ) -> Made:
     runtime, precision, variant = request.param
     module, forms = sources
-    exporter = find_exporter(runtime)
+    exporter = ready(runtime)
     artifact = exporter.export(
         forms[EXPORTERS[runtime].accepts],
         precision=precision,
@@ -212,8 +220,8 @@ def test_the_same_source_gives_the_same_bytes_and_asks_no_network(
     def refuse(*arguments: object) -> None:
         raise AssertionError(f"a connection to {arguments}")
 
+    exporter, written = ready(runtime), []
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    exporter, written = find_exporter(runtime), []
     for turn in ("one", "two"):
         (tmp_path / turn).mkdir()
         artifact = exporter.export(

@@ -152,7 +152,7 @@ def _break_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, broken: str) ->
     script = folder / "worker.py"
     script.write_text(WORKER.format(python=sys.executable, broken=broken))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr("exporters.remote.sys", SimpleNamespace(executable=str(script)))
+    monkeypatch.setattr("exporters.isolated.environment.sys", SimpleNamespace(executable=str(script)))
 
 
 def test_a_fold_that_changes_one_convolution_is_caught_by_name(

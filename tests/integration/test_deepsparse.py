@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -22,16 +23,16 @@ from calibration.spec import TensorSpec
 from deploy.building import Build
 from deploy.cli.main import run
 from deploy.manifest import SparseExecution
-from deploy.pipeline import _unskipped
+from deploy.pipeline import Pipeline
 from deploy.pruning.masks import apply_, magnitude_masks
 from deploy.validation.zeros import time_zeros
 from exporters.base import Quantization, find_exporter
 from exporters.capture import capture
 from exporters.deepsparse import accept_, dense_twin
-from exporters.isolated.environment import ENVIRONMENTS
+from exporters.isolated.environment import ENVIRONMENTS, prepare
 from exporters.onnx import OnnxModel, to_onnx
 from exporters.remote import RemoteSession
-from targets.errors import MissingRequirementError, ModelError, WrongOutputsError
+from targets.errors import IntegrityError, MissingRequirementError, ModelError, WrongOutputsError
 
 pytestmark = [
     pytest.mark.skipif(
@@ -80,6 +81,7 @@ def batch(size: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def export(source: OnnxModel, precision: str, file: Path) -> Path:
+    prepare("deepsparse")
     exporter = find_exporter("deepsparse")
     calibration = [batch(8, seed) for seed in range(2)]
     exporter.export(
@@ -126,12 +128,18 @@ def test_a_dense_twin_differs_in_its_zeros_alone(source: OnnxModel, tmp_path: Pa
         assert np.array_equal(before[before != 0], after[before != 0])
 
 
-def test_a_rung_whose_zeros_bring_nothing_is_dropped_and_one_whose_do_is_not() -> None:
-    assert _unskipped(SparseExecution(gain=1.9, ci95=[1.8, 2.0], batch=1)) is None
-    assert _unskipped(None) is None
-    told = _unskipped(SparseExecution(gain=1.01, ci95=[0.97, 1.05], batch=1))
-    assert told is not None
-    assert "zeros are not skipped: 1.01x" in told
+@pytest.mark.parametrize(
+    ("objective", "interval", "drops"),
+    [("latency", [0.97, 1.05], True), ("latency", [1.8, 2.0], False), ("size", [0.97, 1.05], False)],
+)
+def test_a_rung_whose_zeros_bring_nothing_is_dropped_but_where_storage_is_the_goal(
+    objective: str, interval: list[float], drops: bool
+) -> None:
+    pipeline = Pipeline.__new__(Pipeline)
+    pipeline.bench = SimpleNamespace(plan=SimpleNamespace(objective=objective))
+    told = pipeline._unskipped(SparseExecution(gain=sum(interval) / 2, ci95=interval, batch=1))
+    assert ("zeros are not skipped: 1.01x" in (told or "")) == drops
+    assert pipeline._unskipped(None) is None
 
 
 def test_the_rewritten_graph_answers_the_same(source: OnnxModel) -> None:
@@ -165,6 +173,26 @@ def test_other_ways_to_end_a_network_are_taken_whole(tmp_path: Path) -> None:
     assert kinds[-3:] == ["GlobalAveragePool", "Flatten", "Gemm"]
     with opened(file) as session:
         assert session.supported_fraction() == 1
+
+
+def test_a_graph_that_the_engine_refuses_costs_its_rung_alone(
+    source: OnnxModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object, **options: object) -> RemoteSession:
+        raise IntegrityError("model.onnx is no model that DeepSparse compiles", found="NM: error")
+
+    monkeypatch.setattr("exporters.remote.RemoteSession", refused)
+    with pytest.raises(ModelError, match="does not compile the graph"):
+        export(source, "float32", tmp_path / "model.onnx")
+
+
+def test_inputs_of_different_batches_are_refused(tmp_path: Path) -> None:
+    other = TensorSpec(name="fact", shape=(1,), bounds={})
+    source = OnnxModel(file=tmp_path / "none.onnx", inputs=(SPEC, other), modules={})
+    with pytest.raises(ModelError, match="share their first dimension"):
+        find_exporter("deepsparse").export(
+            source, precision="float32", calibration=(), quantization=Quantization(), file=tmp_path / "m.onnx"
+        )
 
 
 def test_a_mean_over_something_else_stays_as_it_is() -> None:

@@ -265,7 +265,7 @@ def test_the_table_ends_with_the_verdict(
     assert run(["doctor"]) == 3
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("broken")
-    assert lines[-1] == f"No build can work here yet: {', '.join(AT_HOME)}."
+    assert lines[-1] == f"No build can work here yet: {', '.join(EXPORTERS)}."
 
 
 def test_doctor_does_not_load_torch() -> None:

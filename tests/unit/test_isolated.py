@@ -89,3 +89,16 @@ def test_of_two_that_are_made_at_once_one_stays(empty: Isolated, monkeypatch: py
     monkeypatch.setattr(environment, "_install", slowly)
     assert prepare("empty").exists()
     assert [each.name for each in empty.folder.parent.iterdir()] == [empty.folder.name]
+
+
+def test_nothing_is_installed_by_opening_an_artifact(empty: Isolated) -> None:
+    with pytest.raises(MissingRequirementError, match="deploy build --accept-license empty"):
+        command("empty", "exporters.worker")
+    assert not empty.folder.exists()
+
+
+def test_one_whose_interpreter_went_away_is_made_anew(empty: Isolated) -> None:
+    prepare("empty")
+    empty.python.unlink()
+    empty.python.symlink_to(empty.folder / "gone")
+    assert prepare("empty").exists()

@@ -186,3 +186,12 @@ def test_a_runtime_with_terms_is_not_named_without_accepting_them() -> None:
     asked = project(prune={"method": "channels"})
     with pytest.raises(UsageError, match="unstructured sparsity"):
         make_plan(asked, find("xeon"), accepted_licences=["deepsparse"])
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8-dynamic", "bfloat16"])
+def test_a_precision_that_the_sparse_engine_lacks_takes_its_pattern_along(precision: str) -> None:
+    asked = project(quantize={"precision": precision}, evaluate={"source": "e.npz"})
+    plan = make_plan(asked, find("xeon"), accepted_licences=["deepsparse"])
+    assert {rung.runtime for rung in plan.rungs} <= {"openvino", "onnxruntime"}
+    assert {rung.pattern for rung in plan.rungs} == {"dense", "structured"}
+    assert (plan.pattern, plan.licences) == ("structured", ())

@@ -119,3 +119,14 @@ def test_an_onnx_model_gets_the_masks_that_its_module_would(tmp_path) -> None:
     assert sum(mask.zeros for mask in onnx_masks) == sum(mask.zeros for mask in torch_masks)
     zeros = {t.name: int((onnx.numpy_helper.to_array(t) == 0).sum()) for t in model.graph.initializer}
     assert sum(zeros.values()) >= sum(mask.zeros for mask in onnx_masks)
+
+
+def test_a_layer_whose_weight_is_computed_is_left_alone() -> None:
+    module = Net()
+    nn.utils.parametrizations.weight_norm(module.mix)
+    assert list(prunable(module, ())) == ["inner"]
+
+
+def test_a_uniform_ranking_empties_no_layer() -> None:
+    masks = uniform_masks({"tiny": torch.rand(4, 4), "one": torch.rand(1)}, 0.999)
+    assert all(mask.any() for mask in masks.values())
