@@ -144,3 +144,30 @@ def test_a_mixed_rung_that_ships_spares_the_minutes(tmp_path: Path) -> None:
     assert rungs["dense-int8"].dropped is not None
     assert rungs["dense-int8-mixed"].dropped is None
     assert not [name for name in rungs if name.endswith(CONTROLLED)]
+
+
+def test_agreement_is_of_the_batches_that_are_asked_for(
+    source: OnnxModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nncf
+    import openvino
+
+    from exporters.accuracy_control import HELD_BACK, quantize_controlled
+
+    seen: dict[str, Any] = {}
+
+    def control(model: Any, learned: Any, held: Any, agreement: Any, **options: Any) -> Any:
+        seen.update(items=list(held.get_data()), agreement=agreement)
+        return model
+
+    monkeypatch.setattr(nncf, "quantize_with_accuracy_control", control)
+    sizes = [8] * (2 * HELD_BACK)
+    sizes[HELD_BACK + 1] = 3  # the second batch that is held back is a partial one
+    batches = [{"image": images(size, seed)} for seed, size in enumerate(sizes)]
+    core = openvino.Core()
+    model = core.read_model(str(source.file))
+    quantize_controlled(model, batches, least_snr_db=0.0, plain=lambda learned: model, settings={})
+    whole = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert [len(item["image"]) for item in seen["items"]] == [8, 3]
+    for items in ([seen["items"][1]], [seen["items"][0]], seen["items"], seen["items"][::-1]):
+        assert seen["agreement"](whole, items)[0] > 60

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from calibration.spec import TensorSpec
 from deploy import foreign
 from deploy.cli.main import run
 from targets.errors import ModelError, UsageError
@@ -337,3 +338,32 @@ def wide_network() -> Model:
     model.graph.node.insert(2, helper.make_node("Conv", ["b", "inner"], ["b2"], pads=[1, 1, 1, 1]))
     model.graph.node[3].input[0] = "b2"
     return model
+
+
+def test_a_node_without_a_name_gets_one_that_no_other_has(folder: Path) -> None:
+    model = network()
+    model.graph.node[1].name = "Conv_0"  # what the first node would be called
+    onnx.save(model, folder / "model.onnx")
+    specs = project_specs(folder)
+    names = [node.name for node in foreign.prepared(folder / "model.onnx", specs).graph.node]
+    assert len(set(names)) == len(names)
+    foreign.load_module(folder / "model.onnx", specs)
+
+
+def test_a_plan_says_of_each_runtime_why_it_is_not_pruned(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (folder / "deploy.toml").open("a") as writing:
+        writing.write('[recover]\nsource = "calibration.npz"\n')
+    words = ["plan", "-c", str(folder), "--target", "xeon", "--accept-license", "deepsparse", "--json"]
+    assert run(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["pattern"], "recover" in [step["name"] for step in plan["steps"]]) == ("unstructured", False)
+    assert any(note.startswith("openvino, onnxruntime: nothing is pruned") for note in plan["notes"])
+    assert any("not recovered" in note for note in plan["notes"])
+
+
+def project_specs(folder: Path) -> tuple[TensorSpec, ...]:
+    from deploy.project import load
+
+    return load(folder).specs()
