@@ -312,6 +312,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "quick_starts": quick_starts,
     "server": server,
     "soak": soak,
+    "quick_starts_resnet50": quick_starts,
     "sparse": sparse,
 }
 
