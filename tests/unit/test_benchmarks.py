@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("start_up", "overhead", "gains", "quick_starts", "server", "soak")
+SCRIPTS = ("start_up", "overhead", "gains", "quick_starts", "server", "soak", "sparse")
 
 
 def load(name: str) -> ModuleType:
