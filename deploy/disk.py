@@ -88,8 +88,7 @@ def _make(folder: Path) -> list[Path]:
             missing.append(path)
     except OSError as error:
         raise disk_error(error, folder) from error
-    os.close(_open(folder))
-    if not os.access(folder, os.W_OK) and folder.exists():
+    if not _writable(folder):
         raise MissingRequirementError(
             f"cannot write to {folder}",
             found="a folder that may not be written to",
@@ -97,6 +96,15 @@ def _make(folder: Path) -> list[Path]:
             fix="choose another -o/--output-dir",
         )
     return missing
+
+
+def _writable(folder: Path) -> bool:
+    """Asked of the opened folder: by its path it may be gone and there again in between."""
+    handle = _open(folder)
+    try:
+        return os.access(".", os.W_OK, dir_fd=handle)
+    finally:
+        os.close(handle)
 
 
 def _check_folder(path: Path) -> bool:
@@ -133,9 +141,17 @@ def _acquire(folder: Path, on_wait: Callable[[], None]) -> int:
         except OSError as error:  # a file system without locks
             os.close(handle)
             raise disk_error(error, folder) from error
-        if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+        if _is_at(folder, handle):
             return handle
         os.close(handle)
+
+
+def _is_at(folder: Path, handle: int) -> bool:
+    """Whether the opened folder is the one that lies there now."""
+    try:
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _open(folder: Path) -> int:
