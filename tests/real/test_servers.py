@@ -17,6 +17,10 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
+from calibration.compare import snr_db
+from deploy import manifest
+from deploy.builds import MIN_SNR_DB
+
 HERE = Path(__file__).parent
 DEPLOY = [sys.executable, "-P", "-m", "deploy.cli.main"]
 START_S = 60
@@ -136,7 +140,10 @@ def test_the_page_sends_an_example_and_draws_the_answer(
         bars = "[...document.querySelectorAll('.bar output')]"
         shown = page.evaluate(f"{bars}.map((output) => Number(output.textContent))")
         expected = np.load(build / "expected.npz")["logits"][0]
-        np.testing.assert_allclose(shown, expected, rtol=2e-3, atol=2e-3)
+        assert np.argmax(shown) == np.argmax(expected)
+        # expected.npz was answered at another batch, where bfloat16 may round in another way
+        precision = manifest.read(build).precision
+        assert snr_db(expected, np.asarray(shown)) >= min(55, MIN_SNR_DB[precision])
         page.evaluate("document.getElementById('repeat').click()")
         page.wait("document.getElementById('summary').textContent.startsWith('201')")
         page.picture(tmp_path / "page.png")
