@@ -209,16 +209,10 @@ def load_module(file: Path, specs: Sequence[TensorSpec]) -> Any:
 
 
 def _session(model: "ModelProto", file: Path) -> Any:
-    import onnxruntime
+    from exporters.onnxruntime import unoptimised_session
 
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.add_session_config_entry(external_data.FOLDER_SETTING, str(file.parent))
     try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return unoptimised_session(model, file.parent)
     except Exception as error:  # the runtime's own exceptions share no base
         raise ModelError(
             f"{file.name} cannot be run",

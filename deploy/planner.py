@@ -28,7 +28,7 @@ METHODS = {
     "structured": {"auto": "channels", "channels": "channels"},
     "unstructured": {"auto": "magnitude", "magnitude": "magnitude"},
 }
-"""The methods by pattern, and the one that each word stands for."""
+"""The methods by pattern, and the one that each word stands for; other masks take those of unstructured."""
 CRITERIA = ("auto", "l1", "l2", "bn", "taylor", "median", "random")
 OBJECTIVES = ("latency", "throughput", "size")
 COMPETING_KINDS = ("host", "server", "laptop")
@@ -412,7 +412,7 @@ def _choose_pruning(
             "nothing is pruned: without real [evaluate] data its cost in accuracy cannot be measured; "
             "[prune] sparsity asks for it all the same",
         )
-    words = METHODS.get(pattern, {"auto": "magnitude", "magnitude": "magnitude"})
+    words = METHODS.get(pattern, METHODS["unstructured"])
     _one_of(f"prune.method for {pattern} sparsity", prune.method, tuple(words))
     pruning = Pruning(
         pattern=pattern,

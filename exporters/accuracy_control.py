@@ -50,7 +50,6 @@ def quantize_controlled(
     wanted = _answers(compiled(model), held)
     reached = _agreement(wanted, _answers(compiled(plain(learned)), held))
     goal = max(reached, least_snr_db) + GAIN_DB
-
     positions = {id(batch): index for index, batch in enumerate(held)}
 
     def agreement(candidate: Any, items: Iterable[Batch]) -> tuple[float, None]:

@@ -68,7 +68,7 @@ class DeepSparseExporter:
         if precision == "int8":
             plain = file.with_name("float.onnx")
             onnx.save(model, str(plain))
-            quantize(plain, source, calibration, quantization, file)
+            quantize(model.graph, plain, source, calibration, quantization, file)
             plain.unlink()
         else:
             file.write_bytes(model.SerializeToString(deterministic=True))
@@ -178,9 +178,16 @@ def _flattens(wanted: np.ndarray[Any, Any] | None, shape: Sequence[int]) -> bool
 
 
 def quantize(
-    plain: Path, source: OnnxModel, calibration: Sequence[Arrays], quantization: Quantization, file: Path
+    graph: Any,
+    plain: Path,
+    source: OnnxModel,
+    calibration: Sequence[Arrays],
+    quantization: Quantization,
+    file: Path,
 ) -> None:
     """Writes per-tensor QLinearConv, the one static form that the engine's kernels take: it refuses QDQ.
+
+    `plain` holds the rewritten float graph.
 
     Weights are signed and symmetric, so that zeros stay zeros. A convolution of nothing but zeros stays
     float: it has no scale. Raises ModelError for a model without convolutions.
@@ -189,7 +196,6 @@ def quantize(
 
     from exporters.onnxruntime import quantize_operators
 
-    graph = onnx.load(str(plain)).graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     convolutions = [node for node in graph.node if node.op_type == "Conv" and node.input[1] in weights]
     empty = [

@@ -313,6 +313,19 @@ def _translated(precision: str) -> Iterator[None]:
         ) from error
 
 
+def unoptimised_session(model: Any, folder: Path) -> Any:
+    """A model as ONNX Runtime computes it node by node; its external data lie in `folder`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    options.add_session_config_entry(external_data.FOLDER_SETTING, str(folder))
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
 class OnnxRuntimeSession:
     """A loaded .onnx."""
 

@@ -10,6 +10,8 @@ import torch
 from deploy.pruning.masks import LayerMask, rank
 from targets.errors import UsageError, nearest
 
+FLOAT = 1
+"""ONNX's type of float32."""
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -36,27 +38,26 @@ def magnitude_masks_(graph: Any, *, sparsity: float, ranking: str, exclude: Sequ
 def prunable(graph: Any, exclude: Sequence[str]) -> list[Any]:
     """The nodes whose constant weights a mask may thin, as `masks.prunable` chooses layers."""
     names = [node.name for node in graph.node]
+    excluded: set[str] = set()
     for pattern in exclude:
-        if not fnmatch.filter(names, pattern):
+        found = fnmatch.filter(names, pattern)
+        if not found:
             raise UsageError(
                 "an exclude pattern matches no node",
                 found=pattern,
                 expected=f"a node's name, like {', '.join(nearest(pattern, names))}",
                 fix="correct the pattern, or remove it",
             )
-    weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == 1}
+        excluded.update(found)
+    weights = {tensor.name for tensor in graph.initializer if tensor.data_type == FLOAT}
     nodes: list[Any] = []
     seen: set[str] = set()
     for node in graph.node:
-        if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in weights.keys() - seen:
+        if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in weights - seen:
             seen.add(node.input[1])
             nodes.append(node)
-    return [node for node in nodes[1:-1] if not _grouped(node) and not _named(node.name, exclude)]
+    return [node for node in nodes[1:-1] if not _grouped(node) and node.name not in excluded]
 
 
 def _grouped(node: Any) -> bool:
     return any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
-
-
-def _named(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.external_data import FOLDER_SETTING, inner_graphs
+from exporters.external_data import inner_graphs
 from exporters.onnx import OnnxModel, add_outputs_
 
 Array = np.ndarray[Any, Any]
@@ -56,17 +56,11 @@ def run_unoptimised(
     model: OnnxModel, names: Sequence[str], batches: Sequence[Inputs]
 ) -> list[dict[str, Array]]:
     """The outputs and the named values for each batch, by name."""
-    import onnxruntime
+    from exporters.onnxruntime import unoptimised_session
 
     proto = _load(model.file)
     add_outputs_(proto, names)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    options.add_session_config_entry(FOLDER_SETTING, str(model.file.parent))
-    session = onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = unoptimised_session(proto, model.file.parent)
     outputs = [output.name for output in session.get_outputs()]
     inputs = [spec.name for spec in model.inputs]
     return [
